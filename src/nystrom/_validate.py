@@ -1,0 +1,104 @@
+"""Checks at the public boundary: every rule about shapes, dtypes and masks, stated once, before any compute."""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+MASKED_BELOW = -1e4  # an additive mask value this low is "masked": its weight underflows in every dtype
+
+
+def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise ValueError unless query (b, h, n, d), key (b, g, s, d) and value (b, g, s, v) fit together."""
+    tensors = {"query": query, "key": key, "value": value}
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    for name, x in tensors.items():
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, width): got {x.ndim} in shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor: got {x.dtype}; convert it with .float()")
+    if not query.dtype == key.dtype == value.dtype:
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        raise ValueError(f"query, key and value must share one dtype: got {dtypes}")
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must share the batch size: got {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"key and value must share heads and length: got {shapes}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must share the head width: got {shapes}")
+    h, g = query.shape[1], key.shape[1]
+    if not enable_gqa and h != g:
+        raise ValueError(
+            f"query, key and value must share the number of heads: got {shapes}; "
+            f"for grouped key/value heads pass enable_gqa=True"
+        )
+    if enable_gqa and (g == 0 or h % g != 0):
+        raise ValueError(f"the query heads must be a multiple of the key heads: got {h} and {g} ({shapes})")
+    if 0 in (query.shape[2], key.shape[2], query.shape[3]):
+        raise ValueError(f"length and head width must be at least 1: got {shapes}")
+
+
+def check_options(
+    dropout_p: float, is_causal: bool, scale: float | None, num_landmarks: int, num_pinv_iters: int
+) -> None:
+    """Raise ValueError for an option outside its range, or one that landmark attention cannot obey."""
+    if is_causal:
+        raise ValueError(
+            "is_causal must be False: got True. A landmark averages tokens of a whole segment, so a causal form would "
+            "read the future; use torch.nn.functional.scaled_dot_product_attention for causal attention"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive: got {scale}")
+    if num_landmarks < 1:
+        raise ValueError(f"num_landmarks must be at least 1: got {num_landmarks}")
+    if num_pinv_iters < 1:
+        raise ValueError(f"num_pinv_iters must be at least 1: got {num_pinv_iters}")
+
+
+def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, "b s"]:
+    """`attn_mask` as bool (b, s), True = take part; ValueError if it says anything a key-padding mask cannot say.
+
+    Accepted shapes: (b, s), (b, 1, 1, s), (1, 1, 1, s), and (b, 1, n, s) or (b, h, n, s) whose rows are all equal.
+    Accepted dtypes: bool, or floating point holding only 0 (take part) and values <= -1e4 (masked).
+    """
+    got = f"got shape {tuple(attn_mask.shape)} with batch {b}, query length {n}, key length {s}"
+    rule = "attn_mask must be a key-padding mask of shape (b, s), (b, 1, 1, s) or (1, 1, 1, s)"
+    mask = attn_mask[:, None, None, :] if attn_mask.ndim == 2 else attn_mask
+    if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[3] != s or mask.shape[2] not in (1, n):
+        raise ValueError(f"{rule}: {got}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool (True = take part) or additive float: got {mask.dtype}; use .bool()")
+    for axis, word in ((1, "head"), (2, "query")):
+        if mask.shape[axis] > 1 and mask.stride(axis) != 0:  # stride 0 is an expanded view: equal by construction
+            first = mask.narrow(axis, 0, 1)
+            _require((mask == first).all(), f"{rule}: {got}, and its values vary by {word}")
+    mask = mask[:, 0, 0, :]
+    if mask.dtype != torch.bool:
+        take_part = mask == 0
+        _require(
+            (take_part | (mask <= MASKED_BELOW)).all(),
+            f"an additive attn_mask must hold only 0 (take part) and values <= {MASKED_BELOW:g} (masked), "
+            "never NaN or a bias: got other values",
+        )
+        mask = take_part
+    return mask.expand(b, s)
+
+
+def check_query_mask(query_mask: Tensor, b: int, n: int) -> None:
+    """Raise ValueError unless `query_mask` is bool (b, n)."""
+    if query_mask.dtype != torch.bool or tuple(query_mask.shape) != (b, n):
+        raise ValueError(
+            f"query_mask must be bool of shape (b, n) = ({b}, {n}), True = real query: "
+            f"got {query_mask.dtype} of shape {tuple(query_mask.shape)}"
+        )
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raise ValueError where `condition` (a scalar tensor) is False; inside a compiled graph, assert it at run time."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+    elif condition.device.type != "meta" and not condition:
+        raise ValueError(message)

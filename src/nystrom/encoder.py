@@ -1,0 +1,225 @@
+"""A Transformer encoder whose cost grows linearly with the length. The forward path, top to bottom:
+
+token ids -> Embeddings -> Block x num_layers -> MaskedLM or SequenceClassifier
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nystrom.attention import Kind, NystromAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The sizes that make an encoder; saved beside its weights."""
+
+    vocab_size: int
+    """Token ids run from 0 to vocab_size - 1 (count)."""
+    max_length: int = 2048
+    """Learned positions: the longest input (tokens)."""
+    embed_dim: int = 256
+    """c, model width."""
+    num_layers: int = 4
+    """Blocks (count)."""
+    num_heads: int = 4
+    """Attention heads per block (count)."""
+    ffn_dim: int = 1024
+    """Width inside the feed-forward part."""
+    dropout: float = 0.1
+    """Probability of dropping a hidden unit or an attention weight while training."""
+    norm_first: bool = True
+    """Pre-norm, with a last norm after the blocks; False: post-norm, with a norm after the embeddings, as in BERT."""
+    kind: Kind = "nystrom"
+    """Attention: "nystrom" (linear cost) or "softmax" (exact)."""
+    num_landmarks: int = 64
+    """m, landmarks per head (count)."""
+    num_pinv_iters: int = 6
+    """Steps of the inverse iteration (count)."""
+    conv_kernel_size: int | None = 33
+    """Tokens spanned by the convolution skip; odd, or None for no skip."""
+
+
+class MaskedLMOutput(NamedTuple):
+    """What `MaskedLM` returns."""
+
+    loss: Float[Tensor, ""] | None
+    """Mean cross-entropy over the labelled tokens (nats); None without labels."""
+    logits: Tensor
+    """(b, n, vocab); with labels only the labelled tokens' rows, in order: (labelled tokens, vocab)."""
+
+
+class ClassifierOutput(NamedTuple):
+    """What `SequenceClassifier` returns."""
+
+    loss: Float[Tensor, ""] | None
+    """Mean cross-entropy (nats); None without labels."""
+    logits: Float[Tensor, "b classes"]
+
+
+class MaskedLM(nn.Module):
+    """Encoder with a masked-language-modelling head, its output layer tied to the token embeddings."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.transform = nn.Linear(config.embed_dim, config.embed_dim)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.apply(_init_weights)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attn_mask: Bool[Tensor, "b n"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+    ) -> MaskedLMOutput:
+        """Score every token, or with labels only the labelled ones, which saves most of the output layer's cost.
+
+        Args:
+            input_ids: token ids.
+            attn_mask: True = real token.
+            labels: the id wanted at each token; -100 where none is.
+
+        Raises:
+            ValueError: longer than max_length; no token is labelled.
+        """
+        x = self.encoder(input_ids, attn_mask)
+        if labels is not None:
+            labelled = labels != -100
+            if not labelled.any():
+                raise ValueError("labels must mark at least one token: got -100 everywhere")
+            x, labels = x[labelled], labels[labelled]  # (labelled tokens, c)
+        x = self.norm(F.gelu(self.transform(x)))
+        logits = F.linear(x, self.encoder.embeddings.token.weight, self.output_bias)
+        return MaskedLMOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
+class SequenceClassifier(nn.Module):
+    """Encoder with a classification head over one pooled vector.
+
+    Args:
+        config: the encoder's sizes.
+        num_classes: classes (count).
+        pooling: "mean" over the valid tokens, or "first" for the first valid token.
+    """
+
+    def __init__(self, config: EncoderConfig, num_classes: int, pooling: Literal["mean", "first"] = "mean") -> None:
+        super().__init__()
+        if pooling not in ("mean", "first"):
+            raise ValueError(f"pooling must be 'mean' or 'first': got {pooling!r}")
+        self.config = config
+        self.pooling = pooling
+        self.encoder = Encoder(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.embed_dim, num_classes)
+        self.apply(_init_weights)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attn_mask: Bool[Tensor, "b n"] | None = None,
+        labels: Int[Tensor, " b"] | None = None,
+    ) -> ClassifierOutput:
+        """Classify each sample.
+
+        Args:
+            input_ids: token ids.
+            attn_mask: True = real token. A sample without one pools to zeros ("mean") or its first token ("first").
+            labels: the class of each sample.
+
+        Raises:
+            ValueError: longer than max_length.
+        """
+        x = self.encoder(input_ids, attn_mask)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attn_mask is None else attn_mask
+        if self.pooling == "mean":
+            pooled = x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        else:
+            pooled = x[torch.arange(len(x), device=x.device), mask.int().argmax(1)]  # argmax: the first True
+        logits = self.classifier(self.dropout(pooled))
+        return ClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
+class Encoder(nn.Module):
+    """Embeddings and blocks: token ids to token states."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.embed_dim) if config.norm_first else nn.Identity()
+
+    def forward(
+        self, input_ids: Int[Tensor, "b n"], attn_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Encode; attn_mask True = real token. Cost O(b n) for the default attention."""
+        x = self.embeddings(input_ids)
+        for block in self.blocks:
+            x = block(x, attn_mask)
+        return self.norm(x)
+
+
+class Embeddings(nn.Module):
+    """Token plus learned position embeddings."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.position = nn.Embedding(config.max_length, config.embed_dim)
+        self.norm = nn.Identity() if config.norm_first else nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
+        n, max_length = input_ids.shape[1], self.position.num_embeddings
+        if n > max_length:
+            raise ValueError(
+                f"input_ids must be at most max_length tokens long: got {n}, max_length {max_length}; "
+                "shorten the input or build the model with a larger max_length"
+            )
+        return self.dropout(self.norm(self.token(input_ids) + self.position.weight[:n]))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a layer norm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.attention = NystromAttention(
+            config.embed_dim,
+            config.num_heads,
+            kind=config.kind,
+            num_landmarks=config.num_landmarks,
+            num_pinv_iters=config.num_pinv_iters,
+            conv_kernel_size=config.conv_kernel_size,
+            dropout=config.dropout,
+        )
+        self.attention_norm = nn.LayerNorm(config.embed_dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.embed_dim, config.ffn_dim), nn.GELU(), nn.Linear(config.ffn_dim, config.embed_dim)
+        )
+        self.ffn_norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], attn_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.attention_norm(x), attn_mask))
+            return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, attn_mask)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """BERT's initialisation; the convolution keeps torch's own."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
