@@ -48,7 +48,7 @@ class MaskedLMOutput(NamedTuple):
     """What `MaskedLM` returns."""
 
     loss: Float[Tensor, ""] | None
-    """Mean cross-entropy over the labelled tokens (nats); None without labels."""
+    """Mean cross-entropy over the labelled tokens (nats), 0 if no token is; None without labels."""
     logits: Tensor
     """(b, n, vocab); with labels only the labelled tokens' rows, in order: (labelled tokens, vocab)."""
 
@@ -66,7 +66,7 @@ class MaskedLM(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.encoder_config = config  # not `config`: Trainer writes to that name
         self.encoder = Encoder(config)
         self.transform = nn.Linear(config.embed_dim, config.embed_dim)
         self.norm = nn.LayerNorm(config.embed_dim)
@@ -87,17 +87,18 @@ class MaskedLM(nn.Module):
             labels: the id wanted at each token; -100 where none is.
 
         Raises:
-            ValueError: longer than max_length; no token is labelled.
+            ValueError: longer than max_length.
         """
         x = self.encoder(input_ids, attn_mask)
         if labels is not None:
             labelled = labels != -100
-            if not labelled.any():
-                raise ValueError("labels must mark at least one token: got -100 everywhere")
             x, labels = x[labelled], labels[labelled]  # (labelled tokens, c)
         x = self.norm(F.gelu(self.transform(x)))
         logits = F.linear(x, self.encoder.embeddings.token.weight, self.output_bias)
-        return MaskedLMOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+        if labels is None:
+            return MaskedLMOutput(None, logits)
+        loss = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+        return MaskedLMOutput(loss, logits)
 
 
 class SequenceClassifier(nn.Module):
@@ -113,7 +114,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         if pooling not in ("mean", "first"):
             raise ValueError(f"pooling must be 'mean' or 'first': got {pooling!r}")
-        self.config = config
+        self.encoder_config = config
         self.pooling = pooling
         self.encoder = Encoder(config)
         self.dropout = nn.Dropout(config.dropout)

@@ -222,11 +222,13 @@ def _attend(
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "b h n v"]:
     """Exact attention. Widths are made equal first, as the fused kernels ask: zero columns change no logit."""
-    d, v = query.shape[-1], value.shape[-1]
-    query, key = F.pad(query, (0, max(v - d, 0))), F.pad(key, (0, max(v - d, 0)))
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, max(d - v, 0))), mask, dropout_p, scale=scale)
-    return out[..., :v]
+    d, v = query.shape[-1], value.shape[-1]
+    if v > d:
+        query, key = F.pad(query, (0, v - d)), F.pad(key, (0, v - d))
+    elif v < d:
+        value = F.pad(value, (0, d - v))
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)[..., :v]
 
 
 def _segment_of_token(mask: Bool[Tensor, "b n"], m: int) -> Int[Tensor, "b n"]:

@@ -1,0 +1,77 @@
+"""How far Nyström attention is from exact attention, over landmarks and iterations, on synthetic inputs.
+
+nystrom bench error --lengths 512 2048 --landmarks 16 64 256
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from nystrom.bench.lines import Line, append, show, stamp, table
+from nystrom.functional import nystrom_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """Relative error of the attention output against exact attention, on tokens that drift as real ones do."""
+
+    lengths: tuple[int, ...] = (512, 2048)
+    """Sequence lengths (tokens)."""
+    landmarks: tuple[int, ...] = (16, 32, 64, 128)
+    """Landmark counts."""
+    pinv_iters: tuple[int, ...] = (2, 4, 6, 8, 12)
+    """Steps of the inverse iteration (counts)."""
+    heads: int = 12
+    """Heads, each with its own inputs (count)."""
+    head_dim: int = 64
+    """Width of a head."""
+    smoothness: float = 0.9
+    """Correlation of neighbouring tokens, 0 (independent) to below 1."""
+    seed: int = 0
+    """Of the inputs."""
+    out: Path | None = None
+    """File to append the JSON lines to."""
+
+
+def run(config: Error) -> list[Line]:
+    """Measure, print a table per length, and append the lines to config.out."""
+    lines = stamp("error", (line for n in config.lengths for line in measure(config, n)))
+    if config.out:
+        append(config.out, lines)
+    columns = {str(k): f"{k} iterations" for k in config.pinv_iters}
+    for n in config.lengths:
+        here = [{**line, "method": str(line["num_pinv_iters"])} for line in lines if line["n"] == n]
+        show(table(f"relative error of the output, n = {n}", here, "num_landmarks", columns, "{relative_error:.3f}"))
+    return lines
+
+
+def measure(config: Error, n: int) -> list[Line]:
+    """One line per landmark and iteration count at one length; the error is the median over heads."""
+    generator = torch.Generator().manual_seed(config.seed)
+    query, key, value = (drifting_tokens(config, n, generator) for _ in range(3))
+    exact = F.scaled_dot_product_attention(query, key, value)
+    lines = []
+    for m in config.landmarks:
+        for k in config.pinv_iters:
+            approximate = nystrom_attention(query, key, value, num_landmarks=m, num_pinv_iters=k)
+            per_head = (approximate - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+            line = {"method": "nystrom", "n": n, "num_landmarks": m, "num_pinv_iters": k}
+            sizes = {"heads": config.heads, "head_dim": config.head_dim, "smoothness": config.smoothness}
+            error = {"relative_error": median(per_head.flatten().tolist()), "seed": config.seed}
+            lines.append({**line, **error, **sizes})
+    return lines
+
+
+def drifting_tokens(config: Error, n: int, generator: torch.Generator) -> Float[Tensor, "1 h n d"]:
+    """Unit-variance tokens, each `smoothness` times the last plus fresh noise (float64)."""
+    a = config.smoothness
+    noise = torch.randn(1, config.heads, n, config.head_dim, dtype=torch.float64, generator=generator)
+    tokens = [noise[:, :, 0]]
+    for i in range(1, n):
+        tokens.append(a * tokens[-1] + (1 - a * a) ** 0.5 * noise[:, :, i])
+    return torch.stack(tokens, dim=2)

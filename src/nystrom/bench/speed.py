@@ -1,0 +1,104 @@
+"""How long attention takes: every form in one run, taking turns, as medians and ratios.
+
+nystrom bench speed --lengths 1024 4096 --out speed.jsonl
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from nystrom.bench.lines import Line, append, show, stamp, table
+from nystrom.bench.methods import Attend, methods, random_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Time attention: ours, exact, the plain three-factor form, and Hugging Face's where transformers is installed."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+    """Sequence lengths (tokens)."""
+    batch: int = 1
+    """Samples (count)."""
+    heads: int = 12
+    """Heads (count)."""
+    head_dim: int = 64
+    """Width of a head."""
+    num_landmarks: int = 64
+    """Landmarks (count)."""
+    backward: bool = False
+    """Time forward and backward together, instead of the forward alone."""
+    layout: Literal["heads_first", "tokens_first"] = "heads_first"
+    """Memory order of the inputs: (b, h, n, d), or (b, n, h, d) as a model's projections make them."""
+    forms: tuple[str, ...] = ("nystrom", "exact", "three_factor", "hf")
+    """What to time; a form that is not installed, or cannot run at a length, is left out."""
+    rounds: int = 5
+    """Times that every form is measured, in turn (count)."""
+    seconds: float = 0.2
+    """Least time per form and round."""
+    threads: int = torch.get_num_threads()
+    """Threads that torch computes with."""
+    out: Path | None = None
+    """File to append the JSON lines to."""
+
+
+def run(config: Speed) -> list[Line]:
+    """Measure, print a table, and append the lines to config.out."""
+    lines = stamp("speed", (line for n in config.lengths for line in measure(config, n)))
+    if config.out:
+        append(config.out, lines)
+    what = "forward + backward" if config.backward else "forward"
+    title = f"ms per {what} (times ours), {config.heads} heads x {config.head_dim}, m = {config.num_landmarks}"
+    columns = {form: form for form in config.forms if any(line["method"] == form for line in lines)}
+    show(table(title, lines, "n", columns, "{ms:.1f} ({times_nystrom:.1f}x)"))
+    return lines
+
+
+def measure(config: Speed, n: int) -> list[Line]:
+    """One line per form at one length; ms is the median over rounds, times_nystrom the median of per-round ratios."""
+    torch.manual_seed(0)
+    inputs = random_inputs(config.batch, config.heads, n, config.head_dim, config.layout)
+    available = methods(config.heads, n, config.head_dim, config.num_landmarks)
+    chosen = {name: available[name] for name in ("nystrom", *config.forms) if name in available}
+    rounds: dict[str, list[float]] = {name: [] for name in chosen}
+    for _ in range(config.rounds):
+        for name, attend in chosen.items():
+            rounds[name].append(time_once(attend, inputs, config))
+    return [
+        {
+            "method": name,
+            "n": n,
+            "ms": median(times),
+            "ms_rounds": [round(t, 4) for t in times],
+            "times_nystrom": median(t / ours for t, ours in zip(times, rounds["nystrom"], strict=True)),
+            "batch": config.batch,
+            "heads": config.heads,
+            "head_dim": config.head_dim,
+            "num_landmarks": config.num_landmarks,
+            "backward": config.backward,
+            "layout": config.layout,
+            "dtype": "float32",
+            "threads": config.threads,
+        }
+        for name, times in rounds.items()
+    ]
+
+
+def time_once(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], config: Speed) -> float:
+    """Median milliseconds of one call, over at least config.seconds."""
+
+    def forward() -> None:
+        with torch.inference_mode():
+            attend(*inputs)
+
+    def forward_and_backward() -> None:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        attend(*leaves).sum().backward()
+
+    step = forward_and_backward if config.backward else forward
+    timer = Timer("step()", globals={"step": step}, num_threads=config.threads)
+    return 1e3 * timer.blocked_autorange(min_run_time=config.seconds).median

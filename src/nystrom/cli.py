@@ -1,0 +1,70 @@
+"""The `nystrom` command: every subcommand is a dataclass, every flag one of its fields."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+INSTALL = "pip install 'nystrom[train]'"
+PROGRAM = "nystrom"
+ABOUT = "Linear-cost attention for Transformers that read long sequences."
+
+
+def main() -> None:
+    """Parse the command line and run the subcommand.
+
+    A user's mistake (an unknown flag, unreadable data, a setting out of range) prints its reason and exits with 2.
+    """
+    try:
+        run(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(PROGRAM):
+            raise
+        sys.exit(f"{PROGRAM}: this command needs the package {error.name}: {INSTALL}")
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(arguments: list[str]) -> None:
+    """Parse `arguments` and run the subcommand that they name."""
+    import tyro
+    from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+    from nystrom import demo
+    from nystrom.bench import error, memory, speed
+    from nystrom.recipes import fill_mask, pretrain
+
+    @dataclass(frozen=True)
+    class Bench:
+        """Measure attention: time, memory, error. One JSON line per measurement, with machine, versions and commit."""
+
+        measure: OmitSubcommandPrefixes[
+            Annotated[speed.Speed, subcommand("speed")]
+            | Annotated[memory.Memory, subcommand("memory")]
+            | Annotated[error.Error, subcommand("error")]
+        ]
+
+    command = tyro.cli(
+        Annotated[demo.Demo, subcommand("demo")]  # pyright: ignore[reportArgumentType]
+        | Annotated[pretrain.Pretrain, subcommand("pretrain")]
+        | Annotated[fill_mask.FillMask, subcommand("fill-mask")]
+        | Annotated[Bench, subcommand("bench")],
+        prog=PROGRAM,
+        description=ABOUT,
+        args=arguments,
+    )
+    match command:
+        case demo.Demo():
+            demo.run(command)
+        case pretrain.Pretrain():
+            pretrain.run(command)
+        case fill_mask.FillMask():
+            fill_mask.run(command)
+        case Bench(speed.Speed() as config):
+            speed.run(config)
+        case Bench(memory.Memory() as config):
+            memory.run(config)
+        case Bench(error.Error() as config):
+            error.run(config)

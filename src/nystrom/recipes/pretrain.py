@@ -1,0 +1,319 @@
+"""Masked-language-model pretraining on any text.
+
+    nystrom pretrain --data books/ --length 2048 --out runs/books
+
+Without --data it reads the documentation and source of the running Python. The --out folder is a model that
+`nystrom fill-mask --model runs/books` loads; beside the weights it holds pretrain.json (the resolved config, versions
+and commit), metrics.json (held-out loss and masked accuracy, the training curve), checkpoints to resume from, and
+TensorBoard logs.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from nystrom.attention import Kind
+from nystrom.checkpoint import save_config
+from nystrom.data.text import blocks, check_text, head, make_encode, python_files, split, text_files
+from nystrom.encoder import EncoderConfig, MaskedLM
+from nystrom.environment import describe
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+    from transformers import DataCollatorForLanguageModeling, EvalPrediction, PreTrainedTokenizerBase, Trainer
+
+    from nystrom.data.text import Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pretrain a masked language model with Nyström attention on any text."""
+
+    data: tuple[Path, ...] = ()
+    """Text files and folders of them (UTF-8). Default: the standard library of the running Python."""
+    eval_data: tuple[Path, ...] = ()
+    """Held-out files and folders. Default: one twentieth of the files of --data, or the end of a lone file."""
+    out: Path = Path("runs/pretrain")
+    """Folder for the model, checkpoints, logs and metrics; must be new or empty, unless --resume."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out."""
+    tokenizer: str = "bytes"
+    """"bytes" (built in), or the folder or hub name of a Hugging Face tokenizer that has a mask token."""
+
+    length: int = 2048
+    """Tokens in a block: the length that the model reads."""
+    attention: Kind = "nystrom"
+    """Attention: "nystrom" (linear cost) or "softmax" (exact), with the same weights."""
+    num_landmarks: int = 64
+    """Landmarks per head (count)."""
+    conv_kernel_size: int | None = 33
+    """Tokens spanned by the convolution skip; odd, or None for no skip."""
+    embed_dim: int = 256
+    """Model width."""
+    num_layers: int = 4
+    """Blocks (count)."""
+    num_heads: int = 4
+    """Attention heads per block (count)."""
+    ffn_dim: int = 1024
+    """Width inside the feed-forward part."""
+    dropout: float = 0.1
+    """Probability of dropping a hidden unit or an attention weight while training."""
+
+    steps: int = 10_000
+    """Optimiser steps (count)."""
+    batch_size: int = 8
+    """Blocks per step and process (count)."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW, after warm-up; then a cosine to zero."""
+    warmup: float = 0.05
+    """Part of the steps spent warming up."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    mask_probability: float = 0.15
+    """Part of the tokens to predict: 80 % of them masked, 10 % replaced at random, 10 % left."""
+    eval_blocks: int = 64
+    """Held-out blocks scored, with fixed masks (count); at most 64 KiB of any file."""
+    eval_steps: int = 1000
+    """Steps between evaluations and between checkpoints (count)."""
+    seed: int = 0
+    """Of the weights, the order of the data and the masks."""
+
+
+def run(config: Pretrain) -> None:
+    """Train and print how well held-out text is predicted."""
+    held_out = train(config)["held_out"]
+    print(
+        f"{config.out}: held-out loss {held_out['loss_nats']:.3f} nats, masked accuracy {held_out['accuracy']:.1%} "
+        f"(always the commonest token: {held_out['baseline']['accuracy']:.1%})"
+    )
+
+
+def train(config: Pretrain) -> dict[str, Any]:
+    """Run the experiment and return what metrics.json holds.
+
+    Raises:
+        FileExistsError: out is not empty and resume is off.
+        FileNotFoundError, ValueError: data that cannot be read as text; a config that makes no model. Both before
+            anything is written.
+    """
+    from transformers import set_seed
+
+    check_out(config)
+    tokenizer = load_tokenizer(config)
+    train_spans, eval_spans = corpus(config)
+    set_seed(config.seed)
+    model = MaskedLM(encoder_config(config, len(tokenizer)))
+    train_set = stream(config, tokenizer, train_spans)
+    eval_set = fixed_eval_set(config, tokenizer, eval_spans)
+    baseline = guess_commonest(train_set, eval_set)
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "pretrain.json", {"config": asdict(config), "environment": describe()})
+    save_config(model.encoder_config, config.out)
+    tokenizer.save_pretrained(str(config.out))
+
+    trainer = build_trainer(config, tokenizer, model, train_set, eval_set)
+    trainer.train(resume_from_checkpoint=config.resume)
+    trainer.save_model()
+    held_out = trainer.evaluate()
+    metrics = {
+        "held_out": {
+            "accuracy": held_out["eval_accuracy"],
+            "loss_nats": held_out["eval_loss"],
+            "blocks": len(eval_set),
+            "files": len(eval_spans),
+            "baseline": baseline,
+        },
+        "train": {
+            "files": len(train_spans),
+            "bytes": sum(span.stop - span.start for span in train_spans),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+    }
+    write_json(config.out / "metrics.json", metrics)
+    return metrics
+
+
+def check_out(config: Pretrain) -> None:
+    """Never write over an earlier run."""
+    if config.resume and not list(config.out.glob("checkpoint-*")):
+        raise FileNotFoundError(f"{config.out}: no checkpoint to resume from; leave out --resume to start")
+    if not config.resume and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise FileExistsError(f"{config.out}: exists and is not an empty folder; pass another --out, or --resume")
+
+
+def load_tokenizer(config: Pretrain) -> "PreTrainedTokenizerBase":
+    """The byte tokenizer (256 bytes after 6 special ids), or any Hugging Face one."""
+    from transformers import AutoTokenizer, PerceiverTokenizer
+
+    if config.tokenizer == "bytes":
+        return PerceiverTokenizer(model_max_length=config.length)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    for token in ("mask", "sep", "pad"):
+        if getattr(tokenizer, f"{token}_token_id") is None:
+            raise ValueError(f"{config.tokenizer}: this tokenizer has no {token} token; masked modelling needs one")
+    return tokenizer
+
+
+def corpus(config: Pretrain) -> "tuple[list[Span], list[Span]]":
+    """Checked training and held-out spans: every file is read once here, so that a bad one stops the run now."""
+    spans = [check_text(path) for path in (text_files(config.data) if config.data else python_files())]
+    if not config.eval_data:
+        return split(spans, fraction=0.05)
+    return spans, [check_text(path) for path in text_files(config.eval_data)]
+
+
+def encoder_config(config: Pretrain, vocab_size: int) -> EncoderConfig:
+    """The model's sizes."""
+    return EncoderConfig(
+        vocab_size=vocab_size,
+        max_length=config.length,
+        embed_dim=config.embed_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        ffn_dim=config.ffn_dim,
+        dropout=config.dropout,
+        kind=config.attention,
+        num_landmarks=config.num_landmarks,
+        conv_kernel_size=config.conv_kernel_size,
+    )
+
+
+def stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]") -> "IterableDataset":
+    """Blocks of the files in shuffled order, a new one each pass; shards are what workers and ranks divide."""
+    from datasets import IterableDataset
+
+    files = random.Random(config.seed).sample(spans, len(spans))
+    num_shards = min(64, len(files))
+    arguments = {
+        "shards": [files[i::num_shards] for i in range(num_shards)],
+        "encode": make_encode(tokenizer),
+        "separator": tokenizer.sep_token_id,
+        "length": config.length,
+    }
+    dataset = IterableDataset.from_generator(blocks, gen_kwargs=arguments)
+    return dataset.shuffle(seed=config.seed, buffer_size=256)
+
+
+def fixed_eval_set(
+    config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]"
+) -> "list[dict[str, torch.Tensor]]":
+    """Held-out blocks, padded, with masks drawn once: every evaluation and every model sees the same."""
+    source = stream(config, tokenizer, head(spans, 1 << 16)).take(config.eval_blocks)
+    mask = masker(config, tokenizer, pad_to_multiple_of=config.length, seed=config.seed)
+    batches = (mask([block]) for block in source)
+    return [{name: column[0] for name, column in batch.items()} for batch in batches]
+
+
+def masker(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", **options: int) -> "DataCollatorForLanguageModeling":
+    """Blocks -> padded batch with masks; 80 % of the chosen tokens masked, 10 % random, 10 % left."""
+    from transformers import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(
+        tokenizer,
+        mlm_probability=config.mask_probability,
+        mask_replace_prob=0.8,
+        random_replace_prob=0.1,
+        pad_to_multiple_of=options.get("pad_to_multiple_of"),
+        seed=options.get("seed"),
+    )
+
+
+def collator(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[Any]], dict[str, Any]]:
+    """Blocks, masked here unless they are already, -> the model's arguments; attn_mask only where there is padding."""
+    mask = masker(config, tokenizer)
+
+    def collate(examples: list[Any]) -> dict[str, Any]:
+        batch = default_collate(examples) if "labels" in examples[0] else mask(examples)
+        real = batch["attention_mask"].bool()
+        arguments = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+        return arguments if real.all() else arguments | {"attn_mask": real}
+
+    return collate
+
+
+def build_trainer(
+    config: Pretrain,
+    tokenizer: "PreTrainedTokenizerBase",
+    model: MaskedLM,
+    train_set: "IterableDataset",
+    eval_set: "list[dict[str, torch.Tensor]]",
+) -> "Trainer":
+    """Hugging Face's Trainer: loop, schedule, checkpoints, logs and processes are its business."""
+    from transformers import ProgressCallback, Trainer, TrainingArguments
+
+    class Progress(ProgressCallback):
+        """The loss beside the bar, instead of a line of figures at every log."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if self.training_bar is not None and logs and "loss" in logs:
+                self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    arguments = TrainingArguments(
+        output_dir=str(config.out),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * config.steps),
+        weight_decay=config.weight_decay,
+        logging_steps=max(1, config.steps // 50),
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_steps=config.eval_steps,
+        save_total_limit=2,
+        report_to="tensorboard",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+        seed=config.seed,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=cast(Any, train_set),
+        eval_dataset=cast(Any, eval_set),  # a list of examples is a map-style dataset
+        data_collator=collator(config, tokenizer),
+        preprocess_logits_for_metrics=place_predictions,
+        compute_metrics=masked_accuracy,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress())
+    return trainer
+
+
+def place_predictions(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+    """The predicted id at each labelled token, -100 elsewhere: small, and the same shape in every batch."""
+    predictions = labels.new_full(labels.shape, -100)
+    predictions[labels != -100] = logits.argmax(-1)
+    return predictions
+
+
+def masked_accuracy(evaluated: "EvalPrediction") -> dict[str, float]:
+    """Part of the labelled tokens predicted right."""
+    predictions, labels = np.asarray(evaluated.predictions), np.asarray(evaluated.label_ids)
+    return {"accuracy": float((predictions == labels)[labels != -100].mean())}
+
+
+def guess_commonest(train_set: "IterableDataset", eval_set: "list[dict[str, torch.Tensor]]") -> dict[str, Any]:
+    """What always answering the commonest token of the training text (its first 256 blocks) would score."""
+    ids = np.concatenate([block["input_ids"] for block in train_set.take(256)])
+    commonest = int(np.bincount(ids).argmax())
+    labels = torch.cat([example["labels"] for example in eval_set])
+    return {"token": commonest, "accuracy": (labels[labels != -100] == commonest).float().mean().item()}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a whole file or none."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    partial.replace(path)
