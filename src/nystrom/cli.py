@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     from tyro.conf import OmitSubcommandPrefixes, subcommand
 
     from nystrom import demo
-    from nystrom.bench import error, memory, speed
+    from nystrom.bench import error, memory, speed, table
     from nystrom.recipes import fill_mask, pretrain
 
     @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> None:
             Annotated[speed.Speed, subcommand("speed")]
             | Annotated[memory.Memory, subcommand("memory")]
             | Annotated[error.Error, subcommand("error")]
+            | Annotated[table.Table, subcommand("table")]
         ]
 
     command = tyro.cli(
@@ -68,3 +69,5 @@ def run(arguments: list[str]) -> None:
             memory.run(config)
         case Bench(error.Error() as config):
             error.run(config)
+        case Bench(table.Table() as config):
+            table.run(config)

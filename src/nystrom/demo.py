@@ -16,10 +16,9 @@ matplotlib.use("agg")  # files only; a window needs a screen
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
-from rich.table import Table
 
 from nystrom.bench import memory, speed
-from nystrom.bench.lines import show
+from nystrom.bench.lines import Grid, show
 from nystrom.data.text import read_pieces
 from nystrom.environment import describe
 from nystrom.recipes import fill_mask, pretrain
@@ -112,20 +111,16 @@ def measure_cost(config: Demo) -> list[dict[str, Any]]:
     forms = ("exact", "nystrom")
     timing = speed.Speed(heads=4, forms=forms, rounds=3, seconds=0.05)
     sizing = memory.Memory(heads=4, forms=forms)
-    made = Table("n", "exact, ms", "Nyström, ms", "exact / Nyström", "exact, MiB", "Nyström, MiB")
-    for column in made.columns:
-        column.justify = "right"
     rows = []
     for n in config.lengths:
         timed = {line["method"]: line for line in speed.measure(timing, n)}
         sized = {line["method"]: line for line in memory.measure_all(sizing, n)}
         row: dict[str, Any] = {"n": n, "time_ratio": timed["exact"]["times_nystrom"]}
         row |= {f"{form}_ms": timed[form]["ms"] for form in forms}
-        row |= {f"{form}_extra_mib": sized[form]["extra_mib"] for form in forms}
-        cells = "{n}|{exact_ms:.1f}|{nystrom_ms:.1f}|{time_ratio:.1f}|{exact_extra_mib:.1f}|{nystrom_extra_mib:.1f}"
-        made.add_row(*cells.format(**row).split("|"))
-        rows.append(row)
-    show(made)
+        rows.append(row | {f"{form}_extra_mib": sized[form]["extra_mib"] for form in forms})
+    headings = ["n", "exact, ms", "Nyström, ms", "exact / Nyström", "exact, MiB", "Nyström, MiB"]
+    keys = ["exact_ms", "nystrom_ms", "time_ratio", "exact_extra_mib", "nystrom_extra_mib"]
+    show(Grid("", headings, [[str(row["n"]), *(f"{row[key]:.1f}" for key in keys)] for row in rows]))
     print("MiB: peak of a fresh process beyond inputs and output. Exact attention is torch's fused kernel.")
     return rows
 

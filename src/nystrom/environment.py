@@ -9,22 +9,19 @@ from typing import Any
 
 import torch
 
-import nystrom
-
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
 def describe() -> dict[str, Any]:
     """Machine, versions and commit, as plain JSON values."""
     return {
-        "nystrom": nystrom.__version__,
+        "nystrom": _version("nystrom"),
         "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

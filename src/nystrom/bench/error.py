@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nystrom.bench.lines import Line, append, show, stamp, table
+from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
 from nystrom.functional import nystrom_attention
 
 
@@ -43,11 +43,17 @@ def run(config: Error) -> list[Line]:
     lines = stamp("error", (line for n in config.lengths for line in measure(config, n)))
     if config.out:
         append(config.out, lines)
-    columns = {str(k): f"{k} iterations" for k in config.pinv_iters}
-    for n in config.lengths:
-        here = [{**line, "method": str(line["num_pinv_iters"])} for line in lines if line["n"] == n]
-        show(table(f"relative error of the output, n = {n}", here, "num_landmarks", columns, "{relative_error:.3f}"))
+    show(*(summary([line for line in lines if line["n"] == n]) for n in config.lengths))
     return lines
+
+
+def summary(lines: list[Line]) -> Grid:
+    """The lines of one length as a table: landmarks down, iterations across."""
+    first = lines[0]
+    by_iterations = [{**line, "method": line["num_pinv_iters"]} for line in lines]
+    columns = {line["num_pinv_iters"]: f"{line['num_pinv_iters']} iterations" for line in lines}
+    title = f"relative error of the output, n = {first['n']}, smoothness {first['smoothness']}"
+    return grid(title, by_iterations, "num_landmarks", columns, "{relative_error:.3f}")
 
 
 def measure(config: Error, n: int) -> list[Line]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -27,31 +27,49 @@ def append(path: Path, lines: Iterable[Line]) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def table(title: str, lines: list[Line], row: str, columns: dict[str, str], cell: str) -> Table:
-    """A table with a row per value of `row` and a column per method; `cell` formats one line.
+class Grid(NamedTuple):
+    """A table before it is printed."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As a Markdown table, its title in bold above it."""
+        rule = ["---:"] * len(self.headings)
+        return "\n".join(
+            [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in (self.headings, rule, *self.rows))]
+        )
+
+
+def grid(title: str, lines: list[Line], row: str, columns: dict[str, str], cell: str) -> Grid:
+    """A row per value of `row` and a column per method that was measured; "-" where one could not be.
 
     Args:
-        title: above the table.
+        title: what the cells are, with their unit.
         lines: the measurements; each has `row` and "method".
         row: the key that names rows.
         columns: method -> heading.
-        cell: a format string over the line's fields, such as "{ms:.1f} ms".
+        cell: a format string over a line's fields, such as "{ms:.1f} ms".
     """
-    made = Table(title=title, title_justify="left")
-    made.add_column(row, justify="right")
-    for heading in columns.values():
-        made.add_column(heading, justify="right")
     by_place = {(line[row], line["method"]): line for line in lines}
+    columns = {method: heading for method, heading in columns.items() if any(m == method for _, m in by_place)}
+    rows = []
     for value in dict.fromkeys(line[row] for line in lines):
         found = [by_place.get((value, method)) for method in columns]
-        made.add_row(str(value), *(cell.format(**line) if line else "-" for line in found))
-    return made
+        rows.append([str(value), *(cell.format(**line) if line else "-" for line in found)])
+    return Grid(title, [row, *columns.values()], rows)
 
 
-def show(*tables: Table) -> None:
+def show(*grids: Grid) -> None:
     """Print tables; wide enough to keep rows whole when the output is a file."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    for each in tables:
-        console.print(each)
+    for each in grids:
+        table = Table(title=each.title, title_justify="left")
+        for heading in each.headings:
+            table.add_column(heading, justify="right")
+        for cells in each.rows:
+            table.add_row(*cells)
+        console.print(table)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from nystrom.bench.lines import Line, append, show, stamp, table
-from nystrom.bench.methods import methods, random_inputs
+from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
+from nystrom.bench.methods import NAMES, methods, random_inputs
 
 MIB = 2**20
 
@@ -46,11 +46,17 @@ def run(config: Memory) -> list[Line]:
     lines = stamp("memory", (line for n in config.lengths for line in measure_all(config, n)))
     if config.out:
         append(config.out, lines)
-    what = "forward + backward" if config.backward else "forward"
-    title = f"peak MiB beyond inputs and output, {what}, {config.heads} heads x {config.head_dim}"
-    columns = {form: form for form in config.forms if any(line["method"] == form for line in lines)}
-    show(table(title, lines, "n", columns, "{extra_mib:.1f}"))
+    show(summary(lines))
     return lines
+
+
+def summary(lines: list[Line]) -> Grid:
+    """The lines of one run as a table of MiB."""
+    first = lines[0]
+    what = "forward + backward" if first["backward"] else "forward"
+    sizes = f"{first['batch']} x {first['heads']} heads x {first['head_dim']}, m = {first['num_landmarks']}"
+    title = f"peak MiB beyond inputs and results, {what}, {sizes}, float32, {first['threads']} threads"
+    return grid(title, lines, "n", NAMES, "{extra_mib:.1f}")
 
 
 def measure_all(config: Memory, n: int) -> list[Line]:

@@ -13,6 +13,9 @@ from nystrom.functional import iterative_pinv, nystrom_attention, segment_means
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query, key, value, all (b, h, n, d), to the output (b, h, n, d)."""
 
+NAMES = {"nystrom": "nystrom", "exact": "exact (SDPA)", "three_factor": "three factors", "hf": "Hugging Face"}
+"""Each form as tables head it."""
+
 
 def methods(h: int, n: int, d: int, num_landmarks: int) -> dict[str, Attend]:
     """Every form that can run here, ours first; `hf` only where transformers is installed."""

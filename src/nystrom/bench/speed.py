@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from nystrom.bench.lines import Line, append, show, stamp, table
-from nystrom.bench.methods import Attend, methods, random_inputs
+from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
+from nystrom.bench.methods import NAMES, Attend, methods, random_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,17 @@ def run(config: Speed) -> list[Line]:
     lines = stamp("speed", (line for n in config.lengths for line in measure(config, n)))
     if config.out:
         append(config.out, lines)
-    what = "forward + backward" if config.backward else "forward"
-    title = f"ms per {what} (times ours), {config.heads} heads x {config.head_dim}, m = {config.num_landmarks}"
-    columns = {form: form for form in config.forms if any(line["method"] == form for line in lines)}
-    show(table(title, lines, "n", columns, "{ms:.1f} ({times_nystrom:.1f}x)"))
+    show(summary(lines))
     return lines
+
+
+def summary(lines: list[Line]) -> Grid:
+    """The lines of one run as a table: milliseconds, and how many times ours."""
+    first = lines[0]
+    what = "forward + backward" if first["backward"] else "forward"
+    sizes = f"{first['batch']} x {first['heads']} heads x {first['head_dim']}, m = {first['num_landmarks']}"
+    title = f"ms per {what} (times ours), {sizes}, {first['dtype']}, {first['layout']}, {first['threads']} threads"
+    return grid(title, lines, "n", NAMES, "{ms:.1f} ({times_nystrom:.1f}x)")
 
 
 def measure(config: Speed, n: int) -> list[Line]:

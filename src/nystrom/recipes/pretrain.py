@@ -10,6 +10,7 @@ TensorBoard logs.
 
 import json
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch.nn.utils.rnn import pad_sequence
 
 from nystrom.attention import Kind
 from nystrom.checkpoint import save_config
@@ -27,7 +28,7 @@ from nystrom.environment import describe
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-    from transformers import DataCollatorForLanguageModeling, EvalPrediction, PreTrainedTokenizerBase, Trainer
+    from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
     from nystrom.data.text import Span
 
@@ -111,7 +112,7 @@ def train(config: Pretrain) -> dict[str, Any]:
     set_seed(config.seed)
     model = MaskedLM(encoder_config(config, len(tokenizer)))
     train_set = stream(config, tokenizer, train_spans)
-    eval_set = fixed_eval_set(config, tokenizer, eval_spans)
+    eval_set = list(stream(config, tokenizer, head(eval_spans, 1 << 16)).take(config.eval_blocks))
     baseline = guess_commonest(train_set, eval_set)
 
     config.out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def train(config: Pretrain) -> dict[str, Any]:
     save_config(model.encoder_config, config.out)
     tokenizer.save_pretrained(str(config.out))
 
-    trainer = build_trainer(config, tokenizer, model, train_set, eval_set)
+    trainer = build_trainer(config, model, train_set, eval_set)
     trainer.train(resume_from_checkpoint=config.resume)
     trainer.save_model()
     held_out = trainer.evaluate()
@@ -188,7 +189,7 @@ def encoder_config(config: Pretrain, vocab_size: int) -> EncoderConfig:
 
 
 def stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]") -> "IterableDataset":
-    """Blocks of the files in shuffled order, a new one each pass; shards are what workers and ranks divide."""
+    """Masked blocks of the files, shuffled, in a new order each pass; shards are what workers and ranks divide."""
     from datasets import IterableDataset
 
     files = random.Random(config.seed).sample(spans, len(spans))
@@ -200,52 +201,48 @@ def stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[
         "length": config.length,
     }
     dataset = IterableDataset.from_generator(blocks, gen_kwargs=arguments)
-    return dataset.shuffle(seed=config.seed, buffer_size=256)
+    return dataset.shuffle(seed=config.seed, buffer_size=256).map(make_mask(config, tokenizer), with_indices=True)
 
 
-def fixed_eval_set(
-    config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]"
-) -> "list[dict[str, torch.Tensor]]":
-    """Held-out blocks, padded, with masks drawn once: every evaluation and every model sees the same."""
-    source = stream(config, tokenizer, head(spans, 1 << 16)).take(config.eval_blocks)
-    mask = masker(config, tokenizer, pad_to_multiple_of=config.length, seed=config.seed)
-    batches = (mask([block]) for block in source)
-    return [{name: column[0] for name, column in batch.items()} for batch in batches]
+def make_mask(
+    config: Pretrain, tokenizer: "PreTrainedTokenizerBase"
+) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+    """Block -> block with labels: of the chosen tokens 80 % masked, 10 % replaced at random, 10 % left.
 
-
-def masker(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", **options: int) -> "DataCollatorForLanguageModeling":
-    """Blocks -> padded batch with masks; 80 % of the chosen tokens masked, 10 % random, 10 % left."""
+    The draw depends on the seed, the block and its place in the pass, on nothing before it: so every evaluation sees
+    the same masks, every pass new ones, and a resumed run those of an uninterrupted one.
+    """
     from transformers import DataCollatorForLanguageModeling
 
-    return DataCollatorForLanguageModeling(
-        tokenizer,
-        mlm_probability=config.mask_probability,
-        mask_replace_prob=0.8,
-        random_replace_prob=0.1,
-        pad_to_multiple_of=options.get("pad_to_multiple_of"),
-        seed=options.get("seed"),
+    collator = DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=config.mask_probability, mask_replace_prob=0.8, random_replace_prob=0.1
     )
 
+    def mask(block: dict[str, Any], place: int) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            key = np.asarray([config.seed, place, *block["input_ids"]], np.int64)
+            torch.manual_seed(zlib.crc32(key.tobytes()))  # the CPU generator takes 32 bits
+            batch = collator([block])
+        return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0]}
 
-def collator(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[Any]], dict[str, Any]]:
-    """Blocks, masked here unless they are already, -> the model's arguments; attn_mask only where there is padding."""
-    mask = masker(config, tokenizer)
+    return mask
 
-    def collate(examples: list[Any]) -> dict[str, Any]:
-        batch = default_collate(examples) if "labels" in examples[0] else mask(examples)
-        real = batch["attention_mask"].bool()
-        arguments = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
-        return arguments if real.all() else arguments | {"attn_mask": real}
 
-    return collate
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Masked blocks -> the model's arguments, padded on the right; attn_mask only where there is padding."""
+    ids, labels = ([torch.as_tensor(example[name]) for example in examples] for name in ("input_ids", "labels"))
+    lengths = torch.tensor([len(x) for x in ids])
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+    if lengths.min() < lengths.max():
+        batch["attn_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch
 
 
 def build_trainer(
-    config: Pretrain,
-    tokenizer: "PreTrainedTokenizerBase",
-    model: MaskedLM,
-    train_set: "IterableDataset",
-    eval_set: "list[dict[str, torch.Tensor]]",
+    config: Pretrain, model: MaskedLM, train_set: "IterableDataset", eval_set: list[dict[str, Any]]
 ) -> "Trainer":
     """Hugging Face's Trainer: loop, schedule, checkpoints, logs and processes are its business."""
     from transformers import ProgressCallback, Trainer, TrainingArguments
@@ -282,7 +279,7 @@ def build_trainer(
         args=arguments,
         train_dataset=cast(Any, train_set),
         eval_dataset=cast(Any, eval_set),  # a list of examples is a map-style dataset
-        data_collator=collator(config, tokenizer),
+        data_collator=collate,
         preprocess_logits_for_metrics=place_predictions,
         compute_metrics=masked_accuracy,
     )
@@ -304,11 +301,11 @@ def masked_accuracy(evaluated: "EvalPrediction") -> dict[str, float]:
     return {"accuracy": float((predictions == labels)[labels != -100].mean())}
 
 
-def guess_commonest(train_set: "IterableDataset", eval_set: "list[dict[str, torch.Tensor]]") -> dict[str, Any]:
+def guess_commonest(train_set: "IterableDataset", eval_set: list[dict[str, Any]]) -> dict[str, Any]:
     """What always answering the commonest token of the training text (its first 256 blocks) would score."""
-    ids = np.concatenate([block["input_ids"] for block in train_set.take(256)])
-    commonest = int(np.bincount(ids).argmax())
-    labels = torch.cat([example["labels"] for example in eval_set])
+    answers = torch.cat([torch.as_tensor(block["labels"]) for block in train_set.take(256)])
+    commonest = int(answers[answers != -100].bincount().argmax())
+    labels = torch.cat([torch.as_tensor(example["labels"]) for example in eval_set])
     return {"token": commonest, "accuracy": (labels[labels != -100] == commonest).float().mean().item()}
 
 

@@ -1,0 +1,35 @@
+# make demo   pretrain a small model on real text, use it, time it (about 3 minutes)
+# make test   the whole test suite
+# make lint   format check, linter, type checker        make check = lint + test
+# Elsewhere than Linux with a GPU the CPU build of torch saves a download of gigabytes:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test lint check format
+
+demo: .venv/installed-train
+	$(BIN)/nystrom demo
+
+# Two processes: torch.compile cannot trace the shape-checking hook, and the hook pre-empts our error messages.
+test: .venv/installed-dev
+	$(BIN)/pytest -m "not unhooked" --jaxtyping-packages=nystrom,beartype.beartype
+	$(BIN)/pytest -m unhooked
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+check: lint test
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) '.[$*]'
+	touch $@

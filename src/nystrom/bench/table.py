@@ -1,0 +1,62 @@
+"""Kept measurements as Markdown: the tables in docs/results.md.
+
+nystrom bench table --lines docs/results/speed.jsonl
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from nystrom.bench import error, memory, speed
+from nystrom.bench.lines import Line
+
+SUMMARY = {"speed": speed.summary, "memory": memory.summary, "error": error.summary}
+RUN = ("bench", "utc", "backward", "layout")
+"""Lines that share these belong in one table; so do error's of one n."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Print kept JSON lines as Markdown tables, one per run."""
+
+    lines: Path
+    """A file that another bench command appended to."""
+
+
+def run(config: Table) -> None:
+    """Print the tables."""
+    print(markdown(read(config.lines)))
+
+
+def read(path: Path) -> list[Line]:
+    """The measurements of a file.
+
+    Raises:
+        ValueError: a line is not a measurement; the message names the file and the line.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{path}, line {number}: not JSON: {problem}") from None
+        if not isinstance(line, dict) or line.get("bench") not in SUMMARY:
+            raise ValueError(f"{path}, line {number}: not a line of nystrom bench ({', '.join(SUMMARY)})")
+        lines.append(line)
+    return lines
+
+
+def markdown(lines: list[Line]) -> str:
+    """A table per run, with what it ran on below."""
+
+    def run_of(line: Line) -> str:
+        return str([line.get(key) for key in RUN] + [line["n"] if line["bench"] == "error" else None])
+
+    parts = []
+    for _, group in groupby(lines, run_of):
+        together = list(group)
+        about = together[0]["environment"]
+        where = f"{about['processor']}, {about['cores']} cores, torch {about['packages']['torch']}"
+        parts.append(f"{SUMMARY[together[0]['bench']](together).markdown()}\n\n{where}; commit {about['commit']}")
+    return "\n\n".join(parts)

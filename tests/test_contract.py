@@ -1,0 +1,111 @@
+"""Promises about the package itself: what it exports, what it imports, which way imports point."""
+
+import ast
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nystrom
+import nystrom.attention
+import nystrom.functional
+
+PACKAGE = Path(nystrom.__file__).parent
+# Each may import itself and what stands above it.
+ORDER = [
+    "_validate",
+    "functional",
+    "attention",
+    "encoder",
+    "environment",
+    "checkpoint",
+    "data",
+    "bench",
+    "recipes",
+    "demo",
+    "cli",
+]
+
+
+def imports_of(path: Path) -> list[str]:
+    """Every `nystrom.…` module that a file imports, at any depth of indentation."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "nystrom"]
+
+
+def test_imports_point_up():
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        assert parts[0] in ORDER, f"{path}: give it a place in ORDER"
+        for name in imports_of(path):
+            target = name.split(".")[1] if "." in name else None
+            if target in ORDER:
+                assert ORDER.index(target) <= ORDER.index(parts[0]), f"{path} imports {name}"
+            assert not (parts[0] == "recipes" and target == "recipes"), f"{path}: recipes never import recipes"
+
+
+def test_import_loads_torch_and_nothing_heavy():
+    code = "import sys, nystrom; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"nystrom", "torch", "jaxtyping"} <= loaded
+    heavy = {
+        "transformers",
+        "datasets",
+        "accelerate",
+        "matplotlib",
+        "tensorboard",
+        "tyro",
+        "rich",
+        "pandas",
+        "beartype",
+    }
+    assert not loaded & heavy
+
+
+def test_all_names_what_is_there():
+    public = {
+        name for name, thing in vars(nystrom).items() if not name.startswith("_") and type(thing).__name__ != "module"
+    }
+    assert set(nystrom.__all__) == public
+    assert nystrom.__all__ == sorted(nystrom.__all__, key=lambda name: (name[0].islower(), name))
+
+
+def test_sources_stay_small():
+    for path in PACKAGE.rglob("*.py"):
+        limit = 400 if path.parent.name == "recipes" else 300
+        assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_typed_marker_is_shipped():
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("module", [nystrom.functional, nystrom.attention])
+def test_docstring_examples(module):
+    outcome = doctest.testmod(module)
+    assert outcome.attempted > 0 and outcome.failed == 0
+
+
+@pytest.mark.unhooked
+def test_readme_example_runs():
+    readme = (PACKAGE.parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(example.strip().splitlines()) <= 10
+    scope: dict[str, object] = {}
+    exec(example, scope)
+    output, exact = scope["output"], scope["exact"]
+    assert isinstance(output, torch.Tensor) and isinstance(exact, torch.Tensor)
+    assert output.shape == exact.shape and output.isfinite().all()

@@ -1,0 +1,123 @@
+"""Text files to blocks: nothing lost, nothing shared between the splits, bad input named."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PerceiverTokenizer
+
+from nystrom.data import text
+from nystrom.data.text import Span, blocks, check_text, head, make_encode, read_pieces, split, text_files
+
+BYTES = PerceiverTokenizer()
+SEPARATOR = BYTES.sep_token_id
+
+
+def spans_of(folder, *contents: str) -> list[Span]:
+    for i, content in enumerate(contents):
+        (folder / f"{i}.txt").write_bytes(content.encode())
+    return [check_text(folder / f"{i}.txt") for i in range(len(contents))]
+
+
+@given(
+    documents=st.lists(st.text(min_size=1, alphabet="ab\n é漢😀"), min_size=1, max_size=5),
+    length=st.integers(1, 40),
+    chunk=st.integers(4, 20),
+)
+@settings(max_examples=100, deadline=None)
+def test_blocks_hold_every_byte_once_in_order(tmp_path_factory, documents, length, chunk):
+    spans = spans_of(tmp_path_factory.mktemp("text"), *documents)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "CHUNK", chunk)  # many pieces per file
+        made = list(blocks([spans], make_encode(BYTES), SEPARATOR, length))
+    assert all(len(block["input_ids"]) == length for block in made[:-1])
+    stream = np.concatenate([block["input_ids"] for block in made])
+    marks = np.concatenate([block["special_tokens_mask"] for block in made])
+    assert (marks == (stream == SEPARATOR)).all()
+    whole = bytes(sep_or_byte for sep_or_byte in np.where(marks == 1, 0, stream - 6).astype(np.uint8))
+    want = b"".join(document.encode() + b"\0" for document in documents)
+    assert whole == want or whole + b"\0" == want  # a last block that is only a separator is not made
+
+
+def test_fast_bytes_are_the_tokenizers_own_ids():
+    sample = "naïve 漢字 😀\n\tx = 1\n"
+    slow = BYTES(sample, add_special_tokens=False)["input_ids"]
+    assert make_encode(BYTES)(sample).tolist() == slow
+    assert BYTES.decode(slow) == sample
+
+
+def test_shards_are_packed_apart(tmp_path):
+    a, b = spans_of(tmp_path, "a" * 5, "b" * 5)
+    made = [block["input_ids"].tolist() for block in blocks([[a], [b]], make_encode(BYTES), SEPARATOR, 4)]
+    assert [len(block) for block in made] == [4, 2, 4, 2]
+
+
+def test_split_of_many_holds_out_whole_files(tmp_path):
+    spans = spans_of(tmp_path, *(f"file {i}" for i in range(40)))
+    train, held_out = split(spans, 0.1)
+    assert len(held_out) == 4 and sorted(train + held_out) == sorted(spans)
+    assert split(spans[::-1], 0.1) == (train, held_out)  # by name, not by order
+
+
+def test_split_of_one_holds_out_its_end(tmp_path):
+    content = "é漢😀x" * 50
+    ((whole,), size) = spans_of(tmp_path, content), len(content.encode())
+    for fraction in (0.05, 0.1, 0.101, 0.102, 0.103, 0.104, 0.5):
+        ((start,), (end,)) = split([whole], fraction)
+        assert start.start == 0 and start.stop == end.start and end.stop == size
+        assert "".join(read_pieces(start)) + "".join(read_pieces(end)) == content
+        assert abs((size - end.start) / size - fraction) < 4 / size + 1 / size
+
+
+def test_head_cuts_between_characters(tmp_path):
+    (span,) = spans_of(tmp_path, "é漢😀x" * 10)
+    for size in range(1, 30):
+        for cut in head([span], size):
+            assert cut.stop <= size
+            "".join(read_pieces(cut))
+
+
+def test_folders_are_searched_for_text(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a.txt", "deep/b.PY", "image.png", "deep/c.md"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty.txt").touch()
+    assert [p.name for p in text_files([tmp_path])] == ["a.txt", "b.PY", "c.md"]
+    assert [p.name for p in text_files([tmp_path, tmp_path / "image.png"])] == ["a.txt", "b.PY", "c.md", "image.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"bad\.txt: empty file"),
+        (b"some\0thing", r"bad\.txt: not a text file: NUL byte at offset 4"),
+        (b"x" * 30 + b"caf\xe9 ", r"bad\.txt: not UTF-8 text: .* at offset 33"),
+        (b"x" * 15 + "é".encode()[:1] + b"y" * 9, r"bad\.txt: not UTF-8 text: .* at offset 15"),
+        (b"ends in \xc3", r"bad\.txt: not UTF-8 text: ends inside a character"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(text, "CHUNK", 16)  # errors near and across the edge of a piece
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        check_text(tmp_path / "bad.txt")
+
+
+def test_missing_and_textless_paths_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder"):
+        text_files([tmp_path / "nowhere"])
+    (tmp_path / "image.png").write_text("x")
+    with pytest.raises(ValueError, match=r"no text in this folder \(suffixes read: \.c \.cpp"):
+        text_files([tmp_path])
+
+
+def test_a_file_cut_short_meanwhile_is_named(tmp_path):
+    (span,) = spans_of(tmp_path, "hello world")
+    (tmp_path / "0.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"0\.txt: 6 bytes shorter than when it was checked"):
+        list(read_pieces(span))
+
+
+def test_a_lone_file_too_small_to_split_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"0\.txt: 1 bytes are too few to hold out 5\.0%; pass --eval-data"):
+        split(spans_of(tmp_path, "x"), 0.05)
