@@ -31,7 +31,7 @@ class Demo:
 
     out: Path = Path("demo")
     """Folder for the model, the two pictures and demo.json; replaces what an earlier demo left there."""
-    steps: int = 1000
+    steps: int = 1400
     """Training steps (count)."""
     length: int = 2048
     """Tokens per block."""
@@ -50,14 +50,15 @@ def run(config: Demo) -> None:
         steps=config.steps,
         eval_steps=max(1, config.steps // 5),
         batch_size=1,
-        lr=3e-3,
+        lr=2.5e-3,
         warmup=0.1,
         embed_dim=128,
         num_layers=2,
-        num_heads=4,
+        num_heads=8,
         ffn_dim=256,
         dropout=0.0,
         conv_kernel_size=5,
+        num_landmarks=32,
     )
     print(f"1. Pretraining a byte-level model with Nyström attention at length {config.length}\n", flush=True)
     metrics = pretrain.train(training)
