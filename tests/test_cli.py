@@ -293,3 +293,17 @@ def test_a_damaged_model_is_named(trained, tmp_path):
         fill_mask.fill(*fill_mask.load(trained), "plain")
     with pytest.raises(ValueError, match="top_k must be between 1 and the vocabulary of 262: got 263"):
         fill_mask.fill(*fill_mask.load(trained), "[MASK]", top_k=263)
+
+
+def test_bench_table_prints_kept_lines_and_names_a_bad_one(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    arguments = ("--lengths", "64", "--landmarks", "4", "--pinv-iters", "6", "--heads", "2")
+    assert nystrom("bench", "error", *arguments, "--out", out).returncode == 0
+    (line,) = map(json.loads, out.read_text().splitlines())
+    done = nystrom("bench", "table", "--lines", out)
+    assert done.returncode == 0, done.stderr
+    assert f"| 4 | {line['relative_error']:.3f} |" in done.stdout
+    with out.open("a") as file:
+        file.write('{"bench": "other"}\n')
+    done = nystrom("bench", "table", "--lines", out)
+    assert done.returncode == 2 and f"{out}, line 2: not a line of nystrom bench" in done.stderr

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import nystrom
 import nystrom.attention
 import nystrom.functional
+from nystrom.bench.table import markdown, read
 
 PACKAGE = Path(nystrom.__file__).parent
 # Each may import itself and what stands above it.
@@ -109,3 +111,22 @@ def test_readme_example_runs():
     output, exact = scope["output"], scope["exact"]
     assert isinstance(output, torch.Tensor) and isinstance(exact, torch.Tensor)
     assert output.shape == exact.shape and output.isfinite().all()
+
+
+def test_tables_in_the_docs_are_made_from_the_committed_lines():
+    docs = PACKAGE.parents[1] / "docs"
+    page = (docs / "results.md").read_text()
+    for name in ("speed", "memory", "error"):
+        assert markdown(read(docs / "results" / f"{name}.jsonl")) in page, name
+
+
+def test_numbers_in_the_readme_are_those_of_the_committed_demo():
+    root = PACKAGE.parents[1]
+    readme, demo = (root / "README.md").read_text(), json.loads((root / "docs/results/demo.json").read_text())
+    held_out, filled = demo["training"]["held_out"], demo["filled"]
+    assert f"masked-byte accuracy        {held_out['accuracy']:6.1%}" in readme
+    assert f"{held_out['baseline']['accuracy']:6.1%}" in readme
+    assert f"filled  {filled['filled']}" in readme
+    for row in demo["cost"]:
+        cells = [f"{row[key]:.1f}" for key in ("exact_ms", "nystrom_ms", "time_ratio")]
+        assert re.search(r"│ *" + " │ *".join([str(row["n"]), *cells]) + " │", readme), row
