@@ -50,8 +50,8 @@ def run(config: Error) -> list[Line]:
 def summary(lines: list[Line]) -> Grid:
     """The lines of one length as a table: landmarks down, iterations across."""
     first = lines[0]
-    by_iterations = [{**line, "method": line["num_pinv_iters"]} for line in lines]
-    columns = {line["num_pinv_iters"]: f"{line['num_pinv_iters']} iterations" for line in lines}
+    by_iterations = [{**line, "method": f"{line['num_pinv_iters']} iterations"} for line in lines]
+    columns = {line["method"]: line["method"] for line in by_iterations}
     title = f"relative error of the output, n = {first['n']}, smoothness {first['smoothness']}"
     return grid(title, by_iterations, "num_landmarks", columns, "{relative_error:.3f}")
 
