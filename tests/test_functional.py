@@ -267,14 +267,30 @@ def test_autocast_leaves_the_inverse_in_float32():
     assert relative(out.float(), exact) < 2 * relative(nystrom_attention(*halves, num_landmarks=32).float(), exact)
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
 @pytest.mark.unhooked
-@pytest.mark.parametrize("masked", [False, True])
-def test_compiles_as_one_graph(masked):
-    query, key, value = (x.float() for x in qkv(2, 3, 35, 5))
-    mask = prefix_mask([35, 16], 35) if masked else None
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("form", [None, "(b, s)", "written out (b, 1, n, s)", "float -inf"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(form, dynamic):
+    compiled = torch.compile(nystrom_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (35, 42) if form is None else (35,):
+        query, key, value = (x.float() for x in qkv(2, 3, n, 5))
+        mask = None if form is None else MASK_FORMS[form](prefix_mask([35, 16], 35))
+        got = compiled(query, key, value, mask, num_landmarks=7)
+        torch.testing.assert_close(got, nystrom_attention(query, key, value, mask, num_landmarks=7))
+
+
+@pytest.mark.unhooked
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_graph_still_refuses_a_bias():
     compiled = torch.compile(nystrom_attention, fullgraph=True, backend="aot_eager")
-    got = compiled(query, key, value, mask, num_landmarks=7)
-    torch.testing.assert_close(got, nystrom_attention(query, key, value, mask, num_landmarks=7))
+    with pytest.raises(RuntimeError, match=r"an additive attn_mask holds only 0"):
+        compiled(X, X, X, -torch.rand(2, 35), num_landmarks=7)
 
 
 def test_segment_means_places_the_longer_segments_last():
@@ -341,8 +357,11 @@ REFUSED = {
     "mask dtype": (dict(attn_mask=torch.ones(2, 35).long()), r"attn_mask must be bool .* got torch.int64"),
     "mask by query": (dict(attn_mask=torch.ones(2, 1, 35, 35).tril() > 0), r"\(2, 1, 35, 35\).* vary by query"),
     "mask by head": (dict(attn_mask=torch.rand(2, 3, 1, 35) > 0.5), r"vary by head"),
-    "bias": (dict(attn_mask=-torch.rand(2, 35)), r"only 0 .* and values <= -10000 .* got other values"),
-    "NaN mask": (dict(attn_mask=torch.full((2, 35), torch.nan)), r"never NaN or a bias"),
+    "bias": (
+        dict(attn_mask=-torch.rand(2, 35)),
+        r"only 0 .* and values <= -10000 .*: got 70 other values, the first -0\.\d+",
+    ),
+    "NaN mask": (dict(attn_mask=torch.full((2, 35), torch.nan)), r"no NaN: got 70 other values, the first nan"),
     "query mask": (dict(query_mask=torch.ones(2, 34) > 0), r"\(2, 35\), True = real query: got torch.bool of shape"),
 }
 

@@ -6,12 +6,15 @@ from torch import Tensor
 
 MASKED_BELOW = -1e4  # an additive mask value this low is "masked": its weight underflows in every dtype
 
+KEY_PADDING_RULE = "attn_mask must be a key-padding mask of shape (b, s), (b, 1, 1, s) or (1, 1, 1, s)"
+ADDITIVE_RULE = (
+    f"an additive attn_mask holds only 0 (take part) and values <= {MASKED_BELOW:g} (masked), no bias, no NaN"
+)
+
 
 def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Raise ValueError unless query (b, h, n, d), key (b, g, s, d) and value (b, g, s, v) fit together."""
-    tensors = {"query": query, "key": key, "value": value}
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-    for name, x in tensors.items():
+    for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, length, width): got {x.ndim} in shape {tuple(x.shape)}"
@@ -19,24 +22,27 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor: got {x.dtype}; convert it with .float()")
     if not query.dtype == key.dtype == value.dtype:
-        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise ValueError(f"query, key and value must share one dtype: got {dtypes}")
+        raise ValueError(
+            f"query, key and value must share one dtype: got query {query.dtype}, key {key.dtype}, value {value.dtype}"
+        )
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"query, key and value must share the batch size: got {shapes}")
+        raise ValueError(f"query, key and value must share the batch size: got {_shapes(query, key, value)}")
     if key.shape[1:3] != value.shape[1:3]:
-        raise ValueError(f"key and value must share heads and length: got {shapes}")
+        raise ValueError(f"key and value must share heads and length: got {_shapes(query, key, value)}")
     if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must share the head width: got {shapes}")
+        raise ValueError(f"query and key must share the head width: got {_shapes(query, key, value)}")
     h, g = query.shape[1], key.shape[1]
     if not enable_gqa and h != g:
         raise ValueError(
-            f"query, key and value must share the number of heads: got {shapes}; "
+            f"query, key and value must share the number of heads: got {_shapes(query, key, value)}; "
             f"for grouped key/value heads pass enable_gqa=True"
         )
     if enable_gqa and (g == 0 or h % g != 0):
-        raise ValueError(f"the query heads must be a multiple of the key heads: got {h} and {g} ({shapes})")
-    if 0 in (query.shape[2], key.shape[2], query.shape[3]):
-        raise ValueError(f"length and head width must be at least 1: got {shapes}")
+        raise ValueError(
+            f"the query heads must be a multiple of the key heads: got {h} and {g} ({_shapes(query, key, value)})"
+        )
+    if query.shape[2] == 0 or key.shape[2] == 0 or query.shape[3] == 0:
+        raise ValueError(f"length and head width must be at least 1: got {_shapes(query, key, value)}")
 
 
 def check_options(
@@ -64,25 +70,23 @@ def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, 
     Accepted shapes: (b, s), (b, 1, 1, s), (1, 1, 1, s), and (b, 1, n, s) or (b, h, n, s) whose rows are all equal.
     Accepted dtypes: bool, or floating point holding only 0 (take part) and values <= -1e4 (masked).
     """
-    got = f"got shape {tuple(attn_mask.shape)} with batch {b}, query length {n}, key length {s}"
-    rule = "attn_mask must be a key-padding mask of shape (b, s), (b, 1, 1, s) or (1, 1, 1, s)"
     mask = attn_mask[:, None, None, :] if attn_mask.ndim == 2 else attn_mask
     if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[3] != s or mask.shape[2] not in (1, n):
-        raise ValueError(f"{rule}: {got}")
+        raise ValueError(f"{KEY_PADDING_RULE}: {_mask_sizes(attn_mask, b, n, s)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attn_mask must be bool (True = take part) or additive float: got {mask.dtype}; use .bool()")
     for axis, word in ((1, "head"), (2, "query")):
-        if mask.shape[axis] > 1 and mask.stride(axis) != 0:  # stride 0 is an expanded view: equal by construction
-            first = mask.narrow(axis, 0, 1)
-            _require((mask == first).all(), f"{rule}: {got}, and its values vary by {word}")
+        if mask.shape[axis] != 1 and mask.stride(axis) != 0:  # stride 0 is an expanded view: equal by construction
+            same = (mask == mask.narrow(axis, 0, 1)).all()
+            if _known_false(same, f"{KEY_PADDING_RULE}, and its values vary by {word}"):
+                sizes = _mask_sizes(attn_mask, b, n, s)
+                raise ValueError(f"{KEY_PADDING_RULE}: {sizes}, and its values vary by {word}")
     mask = mask[:, 0, 0, :]
     if mask.dtype != torch.bool:
         take_part = mask == 0
-        _require(
-            (take_part | (mask <= MASKED_BELOW)).all(),
-            f"an additive attn_mask must hold only 0 (take part) and values <= {MASKED_BELOW:g} (masked), "
-            "never NaN or a bias: got other values",
-        )
+        if _known_false((take_part | (mask <= MASKED_BELOW)).all(), ADDITIVE_RULE):
+            other = mask[~take_part & ~(mask <= MASKED_BELOW)]
+            raise ValueError(f"{ADDITIVE_RULE}: got {len(other)} other values, the first {other[0].item()}")
         mask = take_part
     return mask.expand(b, s)
 
@@ -96,9 +100,17 @@ def check_query_mask(query_mask: Tensor, b: int, n: int) -> None:
         )
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """Raise ValueError where `condition` (a scalar tensor) is False; inside a compiled graph, assert it at run time."""
+def _known_false(condition: Tensor, rule: str) -> bool:
+    """Whether a scalar condition fails; where its value is not known yet, leave a run-time assertion instead."""
     if torch.compiler.is_compiling():
-        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif condition.device.type != "meta" and not condition:
-        raise ValueError(message)
+        torch._assert_async(condition, rule)  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    return condition.device.type != "meta" and not condition
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+
+
+def _mask_sizes(attn_mask: Tensor, b: int, n: int, s: int) -> str:
+    return f"got shape {tuple(attn_mask.shape)} with batch {b}, query length {n}, key length {s}"

@@ -142,7 +142,7 @@ def segment_means(
     m = min(num_landmarks, n)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     if mask is None:
-        length, num_long = divmod(n, m)
+        length, num_long = n // m, n % m  # not divmod, which torch.compile cannot trace
         num_short = m - num_long
         short, long = tokens.split([num_short * length, num_long * (length + 1)], dim=2)
         parts = [short.unflatten(2, (num_short, length)).mean(3, dtype=dtype)]
