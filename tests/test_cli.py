@@ -280,6 +280,15 @@ def test_an_earlier_run_is_never_written_over(trained, corpus):
 
 
 @pytest.mark.unhooked
+def test_resuming_keeps_the_settings(trained, corpus):
+    done = nystrom("pretrain", "--data", corpus, "--out", trained, "--resume", *TINY.split(), "--lr", "0.5")
+    assert done.returncode == 2
+    assert "a resumed run keeps its settings: lr was 0.001, is 0.5; pass the first ones" in " ".join(
+        done.stderr.split()
+    )
+
+
+@pytest.mark.unhooked
 def test_a_damaged_model_is_named(trained, tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())

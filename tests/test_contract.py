@@ -14,6 +14,7 @@ import torch
 import nystrom
 import nystrom.attention
 import nystrom.functional
+from nystrom import environment
 from nystrom.bench.table import markdown, read
 
 PACKAGE = Path(nystrom.__file__).parent
@@ -88,6 +89,21 @@ def test_sources_stay_small():
     for path in PACKAGE.rglob("*.py"):
         limit = 400 if path.parent.name == "recipes" else 300
         assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_commit_is_this_projects_or_none(tmp_path, monkeypatch):
+    """A copy inside another project's checkout must not claim that project's commit."""
+    root = PACKAGE.parents[1]
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert head.stdout.startswith((environment.commit() or "").rstrip("+")) and environment.commit()
+    copy = tmp_path / "environment.py"
+    copy.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(environment, "__file__", str(copy))
+    assert environment.commit() is None
 
 
 def test_typed_marker_is_shipped():

@@ -144,11 +144,19 @@ def train(config: Pretrain) -> dict[str, Any]:
 
 
 def check_out(config: Pretrain) -> None:
-    """Never write over an earlier run."""
-    if config.resume and not list(config.out.glob("checkpoint-*")):
+    """Never write over an earlier run, nor go on with one under other settings."""
+    if not config.resume:
+        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+            raise FileExistsError(f"{config.out}: exists and is not an empty folder; pass another --out, or --resume")
+        return
+    if not list(config.out.glob("checkpoint-*")):
         raise FileNotFoundError(f"{config.out}: no checkpoint to resume from; leave out --resume to start")
-    if not config.resume and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise FileExistsError(f"{config.out}: exists and is not an empty folder; pass another --out, or --resume")
+    before = json.loads((config.out / "pretrain.json").read_text())["config"]
+    now = json.loads(json.dumps(asdict(config), default=str))
+    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if now[name] != before.get(name)]
+    changed = [change for change in changed if not change.startswith("resume ")]
+    if changed:
+        raise ValueError(f"{config.out}: a resumed run keeps its settings: {'; '.join(changed)}; pass the first ones")
 
 
 def load_tokenizer(config: Pretrain) -> "PreTrainedTokenizerBase":
