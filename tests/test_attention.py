@@ -9,6 +9,17 @@ from nystrom import NystromAttention, nystrom_attention
 SIZES = dict(embed_dim=12, num_heads=3)
 
 
+def test_settings_reach_the_op():
+    x = torch.randn(2, 29, 12, dtype=torch.float64)
+    base = module()
+    for changes in (dict(num_landmarks=9), dict(num_pinv_iters=3)):
+        other = module(**changes)
+        other.load_state_dict(base.state_dict())
+        assert not torch.allclose(other(x), base(x))
+    assert [name for name in module(bias=False).state_dict() if "bias" in name] == []
+    assert "conv.weight" not in module(conv_kernel_size=None).state_dict()
+
+
 def module(**options) -> NystromAttention:
     return NystromAttention(**(SIZES | dict(num_landmarks=5) | options)).double().eval()
 
@@ -51,8 +62,9 @@ def test_padding_reaches_no_valid_output(kind):
     torch.testing.assert_close(attention(x[1:, :11])[0], before[1, :11], rtol=1e-10, atol=1e-10)
 
 
-def test_dropout_only_while_training():
-    attention = module(dropout=0.5)
+@pytest.mark.parametrize("kind", ["nystrom", "softmax"])
+def test_dropout_only_while_training(kind):
+    attention = module(dropout=0.5, kind=kind)
     x = torch.randn(2, 29, 12, dtype=torch.float64)
     assert torch.equal(attention(x), attention(x))
     attention.train()
@@ -79,7 +91,11 @@ def test_every_weight_gets_a_gradient():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(num_heads=5), "embed_dim must be a multiple of num_heads: got 12 and 5"),
+        (dict(num_heads=5), "embed_dim must be a positive multiple of num_heads: got 12 and 5"),
+        (dict(num_heads=0), "embed_dim must be a positive multiple of num_heads: got 12 and 0"),
+        (dict(conv_kernel_size=-1), "conv_kernel_size must be odd, .* got -1"),
+        (dict(num_landmarks=0), "num_landmarks must be an integer of at least 1: got 0"),
+        (dict(dropout=1.0), r"dropout_p must be in \[0, 1\): got 1.0"),
         (dict(conv_kernel_size=4), "conv_kernel_size must be odd, .* got 4"),
         (dict(kind="linear"), "kind must be 'nystrom' or 'softmax': got 'linear'"),
     ],
@@ -87,6 +103,12 @@ def test_every_weight_gets_a_gradient():
 def test_refuses_with_the_values(changes, message):
     with pytest.raises(ValueError, match=message):
         module(**changes)
+
+
+@pytest.mark.unhooked
+def test_refuses_states_of_another_shape():
+    with pytest.raises(ValueError, match=r"x must be \(batch, length, 12\): got shape \(2, 29\)"):
+        module()(torch.randn(2, 29).double())
 
 
 @pytest.mark.unhooked

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from nystrom.bench.error import Error
 from nystrom.bench.memory import Memory
 from nystrom.bench.speed import Speed
 from nystrom.checkpoint import load_masked_lm
+from nystrom.data.text import check_text, text_files
 from nystrom.demo import Demo
 from nystrom.recipes import fill_mask
 from nystrom.recipes.fill_mask import FillMask
-from nystrom.recipes.pretrain import Pretrain, collate, load_tokenizer, make_mask
+from nystrom.recipes.pretrain import Pretrain, collate, fixed_eval_set, load_tokenizer, make_mask
 
 TINY = "--length 64 --steps 4 --eval-steps 2 --batch-size 2 --eval-blocks 6 --embed-dim 16 --num-layers 1 --num-heads 2"
 TINY += " --ffn-dim 32 --num-landmarks 8 --conv-kernel-size 5"
@@ -93,20 +95,68 @@ def test_pretrain_writes_a_model_that_loads(trained):
     assert math.log(262) / 2 < torch.nn.functional.cross_entropy(model(tokens).logits[0], tokens[0]).item() < 20
 
 
-def test_same_seed_same_weights_and_resume_ends_there_too(trained, corpus, tmp_path):
-    again = tmp_path / "again"
-    done = nystrom("pretrain", "--data", corpus, "--out", again, *TINY.split())
-    assert done.returncode == 0, done.stderr
-    weights = (trained / "model.safetensors").read_bytes()
-    assert (again / "model.safetensors").read_bytes() == weights
+@pytest.mark.parametrize("steps", [4, 110])  # 8 files of about 1,000 bytes make some 63 batches
+def test_same_seed_same_weights_and_resume_ends_there_too(steps, corpus, tmp_path):
+    """Stopped within the first pass over the data, and within the second."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = [*TINY.replace("--steps 4", f"--steps {steps}").split(), "--dropout", "0.2"]
+    settings[settings.index("--eval-steps") + 1] = str(steps * 3 // 4)
+    for out in (first, second):
+        done = nystrom("pretrain", "--data", corpus, "--out", out, *settings)
+        assert done.returncode == 0, done.stderr
+    weights = (first / "model.safetensors").read_bytes()
+    assert (second / "model.safetensors").read_bytes() == weights
     for leftover in ("model.safetensors", "metrics.json"):  # as if killed after the first checkpoint
-        (again / leftover).unlink()
-    for path in (again / "checkpoint-4").iterdir():
-        path.unlink()
-    (again / "checkpoint-4").rmdir()
-    done = nystrom("pretrain", "--data", corpus, "--out", again, "--resume", *TINY.split())
+        (second / leftover).unlink()
+    shutil.rmtree(second / f"checkpoint-{steps}")
+    done = nystrom("pretrain", "--data", corpus, "--out", second, "--resume", *settings)
     assert done.returncode == 0, done.stderr
-    assert (again / "model.safetensors").read_bytes() == weights
+    assert (second / "model.safetensors").read_bytes() == weights
+
+
+def test_two_processes_train_one_model(corpus, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    program = [sys.executable, "-c", "from nystrom.cli import main; main()", "pretrain", "--data", str(corpus)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *program, "--out", "run", *TINY.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert (
+        state["train_batch_size"] == 2 and len(list((tmp_path / "run" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
+    )
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["blocks"] == 6
+    load_masked_lm(tmp_path / "run")
+
+
+def test_held_out_loss_is_a_mean_over_tokens(corpus, tmp_path):
+    """However the blocks, of unequal length, fall into batches. One step at a vanishing rate leaves equal weights."""
+    losses = []
+    for batch_size in ("1", "6"):
+        settings = [*TINY.replace("--steps 4", "--steps 1").split(), "--lr", "1e-30", "--length", "512"]
+        settings[settings.index("--batch-size") + 1] = batch_size
+        out = tmp_path / batch_size
+        done = nystrom("pretrain", "--data", corpus, "--out", out, *settings)
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads((out / "metrics.json").read_text())["held_out"]["loss_nats"])
+    assert abs(losses[0] - losses[1]) < 1e-5
+
+
+def test_evaluation_spreads_over_the_held_out_files(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"{i} " * (50 if i else 5000))
+    config = Pretrain(length=64, eval_blocks=10)
+    spans = [check_text(path) for path in text_files([tmp_path])]
+    masked, files = fixed_eval_set(config, load_tokenizer(config), spans)
+    assert files == 5 and len(masked) == 10
+    again, _ = fixed_eval_set(config, load_tokenizer(config), spans)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(masked, again, strict=True))
 
 
 def test_softmax_twin_trains(corpus, tmp_path):
@@ -251,10 +301,24 @@ def test_demo_runs_in_small(tmp_path):
         (("pretrain", "--data", "binary.bin"), "binary.bin: not a text file: NUL byte at offset 1"),
         (("pretrain", "--data", "empty.txt"), "empty.txt: empty file"),
         (("pretrain", "--data", "fine.txt", "--conv-kernel-size", "4"), "conv_kernel_size must be odd"),
-        (("pretrain", "--data", "fine.txt", "--embed-dim", "30"), "embed_dim must be a multiple of num_heads: got 30"),
+        (("pretrain", "--data", "fine.txt", "--embed-dim", "30"), "embed_dim must be a positive multiple of num_heads"),
+        (("pretrain", "--data", "fine.txt", "--num-landmarks", "0"), "num_landmarks must be an integer of at least 1"),
+        (("pretrain", "--data", "fine.txt", "--dropout", "1"), "dropout_p must be in [0, 1): got 1.0"),
+        (("pretrain", "--data", "fine.txt", "--steps", "0"), "steps must be at least 1: got 0"),
+        (("pretrain", "--data", "fine.txt", "--lr", "-1"), "lr must be positive: got -1.0"),
+        (("pretrain", "--data", "fine.txt", "--mask-probability", "0"), "mask_probability must be above 0"),
+        (("pretrain", "--data", "fine.txt", "--eval-data", "fine.txt"), "must share no file: both hold"),
+        (("pretrain", "--data", "fine.txt", "--eval-data", "one.txt"), "too short to mask a token"),
         (("pretrain", "--data", "fine.txt", "--resume"), "run: no checkpoint to resume from"),
         (("pretrain", "--data", "fine.txt", "--lenght", "64"), "--lenght"),
         (("pretrain", "--data", "fine.txt", "--leng", "64"), "--leng"),
+        (("bench", "speed", "--forms", "nystorm"), "--forms"),
+        (("bench", "speed", "--lengths", "0"), "lengths must be at least 1: got (0,)"),
+        (("bench", "memory", "--threads", "0"), "threads must be at least 1: got 0"),
+        (("bench", "error", "--smoothness", "2"), "smoothness must be in [0, 1): got 2.0"),
+        (("bench", "table", "--lines", "empty.txt"), "empty.txt: holds no measurement"),
+        (("demo", "--length", "64"), "length must be at least 256"),
+        (("demo", "--out", "mine"), "mine/model: exists, and not from a demo"),
         (("fill-mask", "--model", "nowhere", "--text", "[MASK]"), "nowhere/config.json: no such file"),
     ],
 )
@@ -262,6 +326,8 @@ def test_refusals_name_the_cause_and_write_nothing(tmp_path, arguments, message)
     (tmp_path / "binary.bin").write_bytes(b"\x7f\0ELF")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "fine.txt").write_text("words " * 500)
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "mine" / "model").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     done = nystrom(*arguments, *(("--out", "run") if arguments[0] == "pretrain" else ()), cwd=tmp_path)
     assert done.returncode == 2, done.stderr

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nystrom import EncoderConfig, MaskedLM, SequenceClassifier
+from nystrom import EncoderConfig, MaskedLM, NystromAttention, SequenceClassifier
 
 CONFIG = EncoderConfig(
     vocab_size=31,
@@ -38,6 +38,102 @@ def test_padding_changes_no_valid_score(norm_first, kind):
     torch.testing.assert_close(before[1, :17], alone[0], rtol=1e-9, atol=1e-9)
     padded[1, 17:] = torch.randint(31, (16,))
     assert torch.equal(model(padded, MASK).logits[MASK], before[MASK])
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_equals_the_forward_pass_written_out(norm_first):
+    config = replace(norm_first=norm_first, num_pinv_iters=4)
+    model = MaskedLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that every bias, norm and position counts
+            parameter.copy_(torch.randn_like(parameter) / 3)
+    w = model.state_dict()
+    tokens = ids()
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def attend(x, name):
+        attention = NystromAttention(12, 3, num_landmarks=5, num_pinv_iters=4, conv_kernel_size=7).double()
+        attention.load_state_dict({k.removeprefix(f"{name}."): v for k, v in w.items() if k.startswith(f"{name}.")})
+        return attention(x, MASK)
+
+    def ffn(x, name):
+        return linear(F.gelu(linear(x, f"{name}.0")), f"{name}.2")
+
+    x = w["encoder.embeddings.token.weight"][tokens] + w["encoder.embeddings.position.weight"][:33]
+    if not norm_first:
+        x = norm(x, "encoder.embeddings.norm")
+    for i in range(2):
+        block = f"encoder.blocks.{i}"
+        if norm_first:
+            x = x + attend(norm(x, f"{block}.attention_norm"), f"{block}.attention")
+            x = x + ffn(norm(x, f"{block}.ffn_norm"), f"{block}.ffn")
+        else:
+            x = norm(x + attend(x, f"{block}.attention"), f"{block}.attention_norm")
+            x = norm(x + ffn(x, f"{block}.ffn"), f"{block}.ffn_norm")
+    if norm_first:
+        x = norm(x, "encoder.norm")
+    x = norm(F.gelu(linear(x, "transform")), "norm")
+    want = x @ w["encoder.embeddings.token.weight"].T + w["output_bias"]
+    torch.testing.assert_close(model(tokens, MASK).logits[MASK], want[MASK], rtol=1e-9, atol=1e-9)
+
+
+def test_every_size_reaches_its_part():
+    config = EncoderConfig(
+        vocab_size=31, max_length=41, embed_dim=12, num_layers=5, num_heads=3, ffn_dim=20, dropout=0.37,
+        num_landmarks=7, num_pinv_iters=8, conv_kernel_size=9, kind="softmax",
+    )  # fmt: skip
+    model = MaskedLM(config)
+    block = model.encoder.blocks[-1]
+    assert model.encoder.embeddings.token.weight.shape == (31, 12)
+    assert model.encoder.embeddings.position.weight.shape == (41, 12)
+    assert len(model.encoder.blocks) == 5 and block.ffn[0].out_features == 20
+    attention = block.attention
+    assert (attention.num_heads, attention.num_landmarks, attention.num_pinv_iters) == (3, 7, 8)
+    assert attention.conv.kernel_size == (9, 1) and attention.kind == "softmax" and attention.dropout == 0.37
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.37}
+    assert len([m for m in model.modules() if isinstance(m, nn.Dropout)]) == 1 + 5
+
+
+def test_initialisation_is_berts():
+    model = MaskedLM(replace(vocab_size=2000, embed_dim=96))
+    assert abs(model.encoder.embeddings.token.weight.std().item() - 0.02) < 0.001
+    assert abs(model.encoder.blocks[0].attention.query.weight.std().item() - 0.02) < 0.001
+    assert (model.encoder.blocks[0].ffn[0].bias == 0).all()
+
+
+def test_dropout_follows_both_branches():
+    """With one branch's last layer zeroed, only the other branch's dropout can make two passes differ."""
+    for silent in ("attention.out", "ffn.2"):
+        model = MaskedLM(replace(num_layers=1, dropout=0.5)).train()
+        model.encoder.embeddings.dropout.p = 0.0
+        block = model.encoder.blocks[0]
+        block.attention.dropout = 0.0
+        nn.init.zeros_(block.get_submodule(silent).weight)
+        tokens = ids()
+        assert not torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_loss_of_a_half_precision_model_does_not_overflow():
+    model = MaskedLM(replace(max_length=2048)).half()
+    tokens = torch.randint(31, (8, 2048))
+    loss = model(tokens, None, tokens).loss
+    assert loss.isfinite() and abs(loss.item() - 3.434) < 0.2  # ln 31
+
+
+@pytest.mark.parametrize("form", ["(b, 1, 1, n)", "float"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_classifier_takes_every_form_of_mask(form, pooling):
+    model = SequenceClassifier(CONFIG, 4, pooling=pooling).eval()
+    tokens = ids()
+    mask = MASK[:, None, None] if form == "(b, 1, 1, n)" else torch.zeros(2, 33).masked_fill(~MASK, -torch.inf)
+    assert torch.equal(model(tokens, mask).logits, model(tokens, MASK).logits)
 
 
 def test_post_norm_block_equals_torchs_layer():
@@ -121,5 +217,7 @@ def test_classifier_learns_a_rule():
 def test_refuses_with_the_values():
     with pytest.raises(ValueError, match="at most max_length tokens long: got 41, max_length 40"):
         MaskedLM(CONFIG)(torch.zeros(1, 41, dtype=torch.long))
+    with pytest.raises(ValueError, match="max_length must be positive: got 0"):
+        MaskedLM(replace(max_length=0))
     with pytest.raises(ValueError, match="pooling must be 'mean' or 'first': got 'max'"):
         SequenceClassifier(CONFIG, 2, pooling="max")

@@ -1,13 +1,18 @@
 """Text files to blocks: nothing lost, nothing shared between the splits, bad input named."""
 
+import random
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PerceiverTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PerceiverTokenizer, PreTrainedTokenizerFast
 
 from nystrom.data import text
-from nystrom.data.text import Span, blocks, check_text, head, make_encode, read_pieces, split, text_files
+from nystrom.data.text import Span, blocks, check_text, from_random_place, make_encode, read_pieces, split, text_files
 
 BYTES = PerceiverTokenizer()
 SEPARATOR = BYTES.sep_token_id
@@ -57,6 +62,12 @@ def test_split_of_many_holds_out_whole_files(tmp_path):
     train, held_out = split(spans, 0.1)
     assert len(held_out) == 4 and sorted(train + held_out) == sorted(spans)
     assert split(spans[::-1], 0.1) == (train, held_out)  # by name, not by order
+    moved = tmp_path / "elsewhere" / tmp_path.name
+    moved.mkdir(parents=True)
+    for span in spans:
+        shutil.copy(span.path, moved)
+    _, again = split([check_text(path) for path in sorted(moved.iterdir())], 0.1)
+    assert [Path(span.path).name for span in again] == [Path(span.path).name for span in held_out]  # nor by place
 
 
 def test_split_of_one_holds_out_its_end(tmp_path):
@@ -69,12 +80,41 @@ def test_split_of_one_holds_out_its_end(tmp_path):
         assert abs((size - end.start) / size - fraction) < 4 / size + 1 / size
 
 
-def test_head_cuts_between_characters(tmp_path):
-    (span,) = spans_of(tmp_path, "é漢😀x" * 10)
-    for size in range(1, 30):
-        for cut in head([span], size):
-            assert cut.stop <= size
-            "".join(read_pieces(cut))
+def test_random_places_begin_at_characters_and_leave_enough(tmp_path):
+    content = "é漢😀x" * 10
+    (span,) = spans_of(tmp_path, content)
+    starts = set()
+    for seed in range(60):
+        found = from_random_place(span, 30, random.Random(seed))
+        assert content.endswith("".join(read_pieces(found)))
+        assert found.stop - found.start >= 30 and found.stop == span.stop
+        starts.add(found.start)
+    assert len(starts) > 10
+    assert from_random_place(span, 1000, random.Random(0)) == span
+
+
+def test_pieces_end_with_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK", 16)
+    (span,) = spans_of(tmp_path, "some words\n" * 9 + "and an end")
+    *pieces, last = read_pieces(span)
+    assert len(pieces) > 4 and all(piece.endswith("\n") or not piece for piece in pieces)
+    assert last.endswith("and an end")
+
+
+def test_specials_written_in_a_text_stay_text():
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[MASK]", "[SEP]", "[", "]", "MASK", "a"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]", sep_token="[SEP]")
+    assert tokenizer("a [MASK]")["input_ids"] == [6, 1]
+    assert make_encode(tokenizer)("a [MASK]").tolist() == [6, 3, 5, 4]
+    assert BYTES.mask_token_id not in make_encode(BYTES)("a [MASK]")
+
+
+def test_a_file_named_twice_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    assert len(text_files([tmp_path, tmp_path / "a.txt", tmp_path / ".." / tmp_path.name])) == 1
 
 
 def test_folders_are_searched_for_text(tmp_path):
@@ -82,8 +122,13 @@ def test_folders_are_searched_for_text(tmp_path):
     for name in ("a.txt", "deep/b.PY", "image.png", "deep/c.md"):
         (tmp_path / name).write_text("x")
     (tmp_path / "empty.txt").touch()
-    assert [p.name for p in text_files([tmp_path])] == ["a.txt", "b.PY", "c.md"]
-    assert [p.name for p in text_files([tmp_path, tmp_path / "image.png"])] == ["a.txt", "b.PY", "c.md", "image.png"]
+    assert sorted(p.name for p in text_files([tmp_path])) == ["a.txt", "b.PY", "c.md"]
+    assert sorted(p.name for p in text_files([tmp_path, tmp_path / "image.png"])) == [
+        "a.txt",
+        "b.PY",
+        "c.md",
+        "image.png",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,12 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa
             f"query, key and value must share the number of heads: got {_shapes(query, key, value)}; "
             f"for grouped key/value heads pass enable_gqa=True"
         )
-    if enable_gqa and (g == 0 or h % g != 0):
+    if enable_gqa and h > 0 and (g == 0 or h % g != 0):
         raise ValueError(
             f"the query heads must be a multiple of the key heads: got {h} and {g} ({_shapes(query, key, value)})"
         )
-    if query.shape[2] == 0 or key.shape[2] == 0 or query.shape[3] == 0:
-        raise ValueError(f"length and head width must be at least 1: got {_shapes(query, key, value)}")
+    if h == 0 or query.shape[2] == 0 or key.shape[2] == 0 or query.shape[3] == 0:
+        raise ValueError(f"heads, length and head width must be at least 1: got {_shapes(query, key, value)}")
 
 
 def check_options(
@@ -58,10 +58,9 @@ def check_options(
         raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive: got {scale}")
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks must be at least 1: got {num_landmarks}")
-    if num_pinv_iters < 1:
-        raise ValueError(f"num_pinv_iters must be at least 1: got {num_pinv_iters}")
+    for name, count in (("num_landmarks", num_landmarks), ("num_pinv_iters", num_pinv_iters)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1: got {count!r}")
 
 
 def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, "b s"]:
@@ -91,12 +90,12 @@ def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, 
     return mask.expand(b, s)
 
 
-def check_query_mask(query_mask: Tensor, b: int, n: int) -> None:
-    """Raise ValueError unless `query_mask` is bool (b, n)."""
-    if query_mask.dtype != torch.bool or tuple(query_mask.shape) != (b, n):
+def check_token_mask(name: str, mask: Tensor, b: int, n: int) -> None:
+    """Raise ValueError unless `mask` is bool (b, n)."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != (b, n):
         raise ValueError(
-            f"query_mask must be bool of shape (b, n) = ({b}, {n}), True = real query: "
-            f"got {query_mask.dtype} of shape {tuple(query_mask.shape)}"
+            f"{name} must be bool of shape (b, n) = ({b}, {n}), True = takes part: "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
 
 

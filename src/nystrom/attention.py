@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nystrom._validate import key_padding_mask
+from nystrom._validate import check_options, key_padding_mask
 from nystrom.functional import nystrom_attention
 
 Kind = Literal["nystrom", "softmax"]
@@ -27,7 +27,8 @@ class NystromAttention(nn.Module):
         bias: whether the four projections have one.
 
     Raises:
-        ValueError: embed_dim is no multiple of num_heads; an even conv_kernel_size; an unknown kind.
+        ValueError: embed_dim is no multiple of num_heads; an even conv_kernel_size; an unknown kind; a count or dropout
+            out of range.
 
     Source: Xiong et al. 2021, arXiv:2102.03902, section 3 and Figure 2.
 
@@ -50,10 +51,11 @@ class NystromAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads != 0:
-            raise ValueError(f"embed_dim must be a multiple of num_heads: got {embed_dim} and {num_heads}")
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads != 0:
+            raise ValueError(f"embed_dim must be a positive multiple of num_heads: got {embed_dim} and {num_heads}")
         if conv_kernel_size is not None and (conv_kernel_size < 1 or conv_kernel_size % 2 == 0):
             raise ValueError(f"conv_kernel_size must be odd, so that it has a centre, or None: got {conv_kernel_size}")
+        check_options(dropout, False, None, num_landmarks, num_pinv_iters)
         if kind not in ("nystrom", "softmax"):
             raise ValueError(f"kind must be 'nystrom' or 'softmax': got {kind!r}")
         self.num_heads = num_heads
@@ -75,12 +77,14 @@ class NystromAttention(nn.Module):
 
         Args:
             x: token states.
-            attn_mask: True = real token; any key-padding form that `nystrom_attention` accepts. Padding reaches no
-                valid output, through the convolution included; the outputs at padded tokens mean nothing.
+            attn_mask: True = real token; any key-padding form that `nystrom_attention` accepts. Padding that is finite
+                reaches no valid output, through the convolution included; the outputs at padded tokens mean nothing.
 
         Raises:
-            ValueError: attn_mask is not a key-padding mask.
+            ValueError: x is not (b, n, c); attn_mask is not a key-padding mask.
         """
+        if x.ndim != 3 or x.shape[2] != self.query.in_features:
+            raise ValueError(f"x must be (batch, length, {self.query.in_features}): got shape {tuple(x.shape)}")
         b, n, _ = x.shape
         mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, n)
         query, key, value = (self._heads(project(x)) for project in (self.query, self.key, self.value))

@@ -1,4 +1,4 @@
-"""A model as a folder: config.json (the encoder's sizes) beside model.safetensors. Nothing is pickled."""
+"""A model as a folder: config.json (the encoder's sizes) beside the model.safetensors that Trainer writes."""
 
 import json
 from dataclasses import asdict
@@ -7,24 +7,13 @@ from pathlib import Path
 from nystrom.encoder import EncoderConfig, MaskedLM
 
 
-def save_masked_lm(model: MaskedLM, folder: Path) -> None:
-    """Write the model; the weights last and under their final name only when complete."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(model.encoder_config, folder)
-    partial = folder / "model.safetensors.partial"
-    save_file(model.state_dict(), partial)
-    partial.rename(folder / "model.safetensors")
-
-
 def save_config(config: EncoderConfig, folder: Path) -> None:
     """Write config.json."""
     (folder / "config.json").write_text(json.dumps({"architecture": "MaskedLM", **asdict(config)}, indent=2) + "\n")
 
 
 def load_masked_lm(folder: Path) -> MaskedLM:
-    """Read a model that `save_masked_lm` or `nystrom pretrain` wrote, in eval mode.
+    """Read a model that `nystrom pretrain` wrote, in eval mode.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.

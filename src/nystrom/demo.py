@@ -4,7 +4,6 @@ Pretrains a small byte-level model at length 2048 with Nyström attention on the
 scores it on files it never saw, fills masks in a real line, and times exact against Nyström attention.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,17 @@ class Demo:
 
 def run(config: Demo) -> None:
     """Run the demo; every number that it prints is also in demo.json."""
-    model_folder = config.out / "model"
-    if (model_folder / "pretrain.json").exists():
+    if config.length < 256:
+        raise ValueError(f"length must be at least 256, for a line and its context: got {config.length}")
+    model_folder, numbers = config.out / "model", config.out / "demo.json"
+    if model_folder.exists():
+        if not numbers.exists():
+            raise FileExistsError(
+                f"{model_folder}: exists, and not from a demo ({numbers} is missing); pass another --out"
+            )
         shutil.rmtree(model_folder)
+    config.out.mkdir(parents=True, exist_ok=True)
+    pretrain.write_json(numbers, {"finished": False})  # from here on the folder is a demo's
     training = Pretrain(
         out=model_folder,
         length=config.length,
@@ -69,8 +76,8 @@ def run(config: Demo) -> None:
     cost = measure_cost(config)
     plot_loss(metrics, config.out / "loss.png")
     plot_cost(cost, config.out / "cost.png")
-    everything = {"environment": describe(), "training": metrics, "filled": filled, "cost": cost}
-    (config.out / "demo.json").write_text(json.dumps(everything, indent=2) + "\n")
+    measured = {"training": metrics, "filled": filled, "cost": cost}
+    pretrain.write_json(numbers, {"finished": True, "environment": describe(), **measured})
     print(f"\nWrote {config.out}/loss.png, cost.png, demo.json and model/")
 
 
@@ -89,13 +96,16 @@ def print_accuracy(metrics: dict[str, Any]) -> None:
 def fill_a_real_line(training: Pretrain) -> dict[str, Any]:
     """Mask every seventh byte of the first long `def` line of the held-out files; the text before it is context."""
     _, held_out = pretrain.corpus(training)
-    text, line = next(
+    candidates = (
         (text, line)
         for span in held_out
         for text in read_pieces(span)
         for line in text.splitlines()
         if line.lstrip().startswith("def ") and 50 <= len(line) <= 75 and line.isascii()
     )
+    text, line = next(candidates, ("", ""))
+    if not line:
+        raise ValueError("no held-out file of this Python holds a 'def' line of 50 to 75 letters to mask")
     places = range(len(line) - len(line.lstrip()) + 5, len(line), 7)
     masked = "".join("[MASK]" if i in places else letter for i, letter in enumerate(line))
     before = text[: text.index(line)].encode()[-(training.length // 2) :].decode(errors="ignore")

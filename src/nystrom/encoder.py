@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nystrom._validate import key_padding_mask
 from nystrom.attention import Kind, NystromAttention
 
 
@@ -76,14 +77,14 @@ class MaskedLM(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "b n"],
-        attn_mask: Bool[Tensor, "b n"] | None = None,
+        attn_mask: Tensor | None = None,
         labels: Int[Tensor, "b n"] | None = None,
     ) -> MaskedLMOutput:
         """Score every token, or with labels only the labelled ones, which saves most of the output layer's cost.
 
         Args:
             input_ids: token ids.
-            attn_mask: True = real token.
+            attn_mask: True = real token, (b, n); any key-padding form that `nystrom_attention` accepts.
             labels: the id wanted at each token; -100 where none is.
 
         Raises:
@@ -97,7 +98,7 @@ class MaskedLM(nn.Module):
         logits = F.linear(x, self.encoder.embeddings.token.weight, self.output_bias)
         if labels is None:
             return MaskedLMOutput(None, logits)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)  # a sum overflows in half
         return MaskedLMOutput(loss, logits)
 
 
@@ -124,21 +125,25 @@ class SequenceClassifier(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "b n"],
-        attn_mask: Bool[Tensor, "b n"] | None = None,
+        attn_mask: Tensor | None = None,
         labels: Int[Tensor, " b"] | None = None,
     ) -> ClassifierOutput:
         """Classify each sample.
 
         Args:
             input_ids: token ids.
-            attn_mask: True = real token. A sample without one pools to zeros ("mean") or its first token ("first").
+            attn_mask: True = real token, (b, n) or another key-padding form. A sample without one pools to zeros
+                ("mean") or to its first token ("first").
             labels: the class of each sample.
 
         Raises:
             ValueError: longer than max_length.
         """
-        x = self.encoder(input_ids, attn_mask)
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attn_mask is None else attn_mask
+        b, n = input_ids.shape
+        mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, n)
+        x = self.encoder(input_ids, mask)
+        if mask is None:
+            mask = torch.ones_like(input_ids, dtype=torch.bool)
         if self.pooling == "mean":
             pooled = x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         else:
@@ -152,13 +157,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        for name in ("vocab_size", "max_length", "num_layers", "ffn_dim"):
+            if getattr(config, name) < (0 if name == "num_layers" else 1):
+                raise ValueError(f"{name} must be positive: got {getattr(config, name)}")
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embed_dim) if config.norm_first else nn.Identity()
 
-    def forward(
-        self, input_ids: Int[Tensor, "b n"], attn_mask: Bool[Tensor, "b n"] | None = None
-    ) -> Float[Tensor, "b n c"]:
+    def forward(self, input_ids: Int[Tensor, "b n"], attn_mask: Tensor | None = None) -> Float[Tensor, "b n c"]:
         """Encode; attn_mask True = real token. Cost O(b n) for the default attention."""
         x = self.embeddings(input_ids)
         for block in self.blocks:
@@ -208,9 +214,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Float[Tensor, "b n c"], attn_mask: Bool[Tensor, "b n"] | None = None
-    ) -> Float[Tensor, "b n c"]:
+    def forward(self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None) -> Float[Tensor, "b n c"]:
         if self.norm_first:
             x = x + self.dropout(self.attention(self.attention_norm(x), attn_mask))
             return x + self.dropout(self.ffn(self.ffn_norm(x)))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nystrom._validate import check_attention_inputs, check_options, check_query_mask, key_padding_mask
+from nystrom._validate import check_attention_inputs, check_options, check_token_mask, key_padding_mask
 
 
 def nystrom_attention(
@@ -43,8 +43,9 @@ def nystrom_attention(
     """Approximate softmax attention in time and memory linear in the length.
 
     The first eight parameters are those of `torch.nn.functional.scaled_dot_product_attention`. Time is
-    O(b h (n + s) m d + b h m³), extra memory O(b h m (d + m)): no n x m, m x s or n x s array is ever made
-    (with dropout_p > 0 torch's unfused path makes the n x m one).
+    O(b h (n + s) m d + b h m³). Beyond the output, memory is O(b h m (d + m)), plus a copy of query and key with a
+    mask, or of some inputs where v differs from d. No n x m, m x s or n x s array is made wherever torch has a fused
+    kernel for the inputs; with dropout_p > 0 it has none on CPU.
 
     Args:
         query: what the n tokens ask, per head.
@@ -67,8 +68,9 @@ def nystrom_attention(
             precision knob: more steps can be worse attention.
 
     Returns:
-        The attended values, in value's dtype; means, core and inverse are computed in float32 or wider. A sample
-        without a valid key, or without a valid query, gives zeros and zero gradients.
+        The attended values, in value's dtype. Means, core and inverse are computed in float32 or wider, the two outer
+        products in the inputs' dtype. A sample without a valid key, or without a valid query, gives zeros and zero
+        gradients.
 
     Raises:
         ValueError: shapes or dtypes disagree; the mask varies by query or head; is_causal; an option out of range.
@@ -87,7 +89,7 @@ def nystrom_attention(
     factor = d**-0.5 if scale is None else scale
     key_mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, s)
     if query_mask is not None:
-        check_query_mask(query_mask, b, n)
+        check_token_mask("query_mask", query_mask, b, n)
     elif n == s:
         query_mask = key_mask
 
@@ -100,7 +102,7 @@ def nystrom_attention(
     right_value = _attend(landmarks_by_group, key, value, _never_empty(key_mask), factor)
     right_value = right_value.unflatten(2, (h // g, -1)).flatten(1, 2)  # (b, h, m, v)
 
-    with _full_precision(query.device):
+    with full_precision(query.device):
         core = _core(query_landmarks, repeated_key_landmarks, query_counts, key_counts, factor)  # (b, h, m, m)
         core_pinv = iterative_pinv(core, num_pinv_iters)
         landmark_value = core_pinv @ right_value.to(core_pinv.dtype)  # (b, h, m, v)
@@ -128,7 +130,7 @@ def segment_means(
         is zero and which comes only from a mask with fewer than m valid tokens.
 
     Raises:
-        ValueError: num_landmarks < 1; mask is not bool (b, n).
+        ValueError: num_landmarks or n below 1; mask is not bool (b, n).
 
     Source: Xiong et al. 2021, arXiv:2102.03902, eq 16; uneven segments as in the authors' T2T-ViT code.
 
@@ -137,8 +139,8 @@ def segment_means(
     ([0.5, 3.0], [[2, 3]])
     """
     b, h, n, d = tokens.shape
-    if num_landmarks < 1:
-        raise ValueError(f"num_landmarks must be at least 1: got {num_landmarks}")
+    if num_landmarks < 1 or n < 1:
+        raise ValueError(f"num_landmarks and the length must be at least 1: got {num_landmarks} and {n}")
     m = min(num_landmarks, n)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     if mask is None:
@@ -152,7 +154,7 @@ def segment_means(
         counts[num_short:] += 1
         return torch.cat(parts, dim=2), counts.expand(b, m)
 
-    check_query_mask(mask, b, n)
+    check_token_mask("mask", mask, b, n)
     segment = _segment_of_token(mask, m)  # (b, n), m = "none"
     bins = (segment + (m + 1) * torch.arange(b, device=tokens.device)[:, None]).flatten()  # (b n)
     # Token-major rows: (b, n, h d) is how projections lie in memory, so this adds whole rows without a copy.
@@ -175,10 +177,10 @@ def iterative_pinv(matrix: Float[Tensor, "*batch p q"], num_iters: int = 6) -> F
         num_iters: steps (count).
 
     Returns:
-        The inverses, in matrix's dtype.
+        The inverses, in matrix's dtype; computed in float32 or wider, under autocast too.
 
     Raises:
-        ValueError: num_iters < 1.
+        ValueError: num_iters < 1; matrix is not floating-point.
 
     Source: Xiong et al. 2021, arXiv:2102.03902, eq 14 and Lemma 1; start of Pan & Schreiber 1991.
 
@@ -188,14 +190,21 @@ def iterative_pinv(matrix: Float[Tensor, "*batch p q"], num_iters: int = 6) -> F
     """
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1: got {num_iters}")
-    eye = torch.eye(matrix.shape[-2], dtype=matrix.dtype, device=matrix.device)
-    norm = matrix.abs().sum(-2).amax(-1) * matrix.abs().sum(-1).amax(-1)
-    norm = torch.where(norm > 0, norm, torch.ones_like(norm))  # not a clamp: the gradient must stay finite at zero
-    pinv = matrix.mT / norm[..., None, None]
-    for _ in range(num_iters):
-        product = matrix @ pinv
-        pinv = 0.25 * pinv @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product)))
-    return pinv
+    if not matrix.is_floating_point():
+        raise ValueError(f"matrix must be a floating-point tensor: got {matrix.dtype}; convert it with .float()")
+    with full_precision(matrix.device):
+        a = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
+        pinv = a.mT
+        for axis in (-2, -1):  # one norm after the other: their product can leave the dtype's range
+            norm = a.abs().sum(axis).amax(-1)
+            pinv = (
+                pinv / torch.where(norm > 0, norm, 1.0)[..., None, None]
+            )  # no clamp: its gradient at 0 must be finite
+        for _ in range(num_iters):
+            product = a @ pinv
+            pinv = 0.25 * pinv @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product)))
+        return pinv.to(matrix.dtype)
 
 
 def _core(
@@ -248,7 +257,7 @@ def _never_empty(mask: Bool[Tensor, "b s"] | None) -> Bool[Tensor, "b s"] | None
     return None if mask is None else mask | ~mask.any(-1, keepdim=True)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off: the inverse is ill-conditioned and must not run in half precision."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

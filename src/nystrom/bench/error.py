@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
+from nystrom.bench.methods import check_sizes
 from nystrom.functional import nystrom_attention
 
 
@@ -40,6 +41,10 @@ class Error:
 
 def run(config: Error) -> list[Line]:
     """Measure, print a table per length, and append the lines to config.out."""
+    check_sizes(lengths=config.lengths, landmarks=config.landmarks, pinv_iters=config.pinv_iters)
+    check_sizes(heads=config.heads, head_dim=config.head_dim)
+    if not 0 <= config.smoothness < 1:
+        raise ValueError(f"smoothness must be in [0, 1): got {config.smoothness}")
     lines = stamp("error", (line for n in config.lengths for line in measure(config, n)))
     if config.out:
         append(config.out, lines)

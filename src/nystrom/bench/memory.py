@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
-from nystrom.bench.methods import NAMES, methods, random_inputs
+from nystrom.bench.methods import NAMES, Form, check_sizes, methods, random_inputs
 
 MIB = 2**20
 
@@ -31,7 +31,7 @@ class Memory:
     """Width of a head."""
     num_landmarks: int = 64
     """Landmarks (count)."""
-    forms: tuple[str, ...] = ("nystrom", "exact", "three_factor", "hf")
+    forms: tuple[Form, ...] = ("nystrom", "exact", "three_factor", "hf")
     """What to measure; a form that is not installed, or cannot run at a length, is left out."""
     backward: bool = False
     """Forward and backward together, instead of the forward alone."""
@@ -43,6 +43,12 @@ class Memory:
 
 def run(config: Memory) -> list[Line]:
     """Measure, print a table, and append the lines to config.out."""
+    check_sizes(
+        lengths=config.lengths, batch=config.batch, heads=config.heads, head_dim=config.head_dim, threads=config.threads
+    )
+    check_sizes(num_landmarks=config.num_landmarks)
+    if not config.forms:
+        raise ValueError(f"forms must name at least one: {', '.join(NAMES)}")
     lines = stamp("memory", (line for n in config.lengths for line in measure_all(config, n)))
     if config.out:
         append(config.out, lines)

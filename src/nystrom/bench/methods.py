@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,22 @@ from nystrom.functional import iterative_pinv, nystrom_attention, segment_means
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query, key, value, all (b, h, n, d), to the output (b, h, n, d)."""
 
-NAMES = {"nystrom": "nystrom", "exact": "exact (SDPA)", "three_factor": "three factors", "hf": "Hugging Face"}
+Form = Literal["nystrom", "exact", "three_factor", "hf"]
+NAMES: dict[str, str] = {
+    "nystrom": "nystrom",
+    "exact": "exact (SDPA)",
+    "three_factor": "three factors",
+    "hf": "Hugging Face",
+}
 """Each form as tables head it."""
+
+
+def check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    """Raise ValueError unless every size, and every entry of a tuple of sizes, is at least 1."""
+    for name, value in sizes.items():
+        entries = value if isinstance(value, tuple) else (value,)
+        if not entries or min(entries) < 1:
+            raise ValueError(f"{name} must be at least 1: got {value}")
 
 
 def methods(h: int, n: int, d: int, num_landmarks: int) -> dict[str, Attend]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
-from nystrom.bench.methods import NAMES, Attend, methods, random_inputs
+from nystrom.bench.methods import NAMES, Attend, Form, check_sizes, methods, random_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Speed:
     """Time forward and backward together, instead of the forward alone."""
     layout: Literal["heads_first", "tokens_first"] = "heads_first"
     """Memory order of the inputs: (b, h, n, d), or (b, n, h, d) as a model's projections make them."""
-    forms: tuple[str, ...] = ("nystrom", "exact", "three_factor", "hf")
+    forms: tuple[Form, ...] = ("nystrom", "exact", "three_factor", "hf")
     """What to time; a form that is not installed, or cannot run at a length, is left out."""
     rounds: int = 5
     """Times that every form is measured, in turn (count)."""
@@ -48,6 +48,12 @@ class Speed:
 
 def run(config: Speed) -> list[Line]:
     """Measure, print a table, and append the lines to config.out."""
+    check_sizes(
+        lengths=config.lengths, batch=config.batch, heads=config.heads, head_dim=config.head_dim, threads=config.threads
+    )
+    check_sizes(num_landmarks=config.num_landmarks, rounds=config.rounds)
+    if not config.forms:
+        raise ValueError(f"forms must name at least one: {', '.join(NAMES)}")
     lines = stamp("speed", (line for n in config.lengths for line in measure(config, n)))
     if config.out:
         append(config.out, lines)

@@ -41,9 +41,12 @@ def read(path: Path) -> list[Line]:
             line = json.loads(text)
         except json.JSONDecodeError as problem:
             raise ValueError(f"{path}, line {number}: not JSON: {problem}") from None
-        if not isinstance(line, dict) or line.get("bench") not in SUMMARY:
+        needed = {"method", "n", "utc", "environment"}
+        if not isinstance(line, dict) or line.get("bench") not in SUMMARY or not needed <= line.keys():
             raise ValueError(f"{path}, line {number}: not a line of nystrom bench ({', '.join(SUMMARY)})")
         lines.append(line)
+    if not lines:
+        raise ValueError(f"{path}: holds no measurement")
     return lines
 
 

@@ -5,6 +5,7 @@ files -> spans (checked, split) -> documents -> token ids -> blocks of `length`
 
 import codecs
 import hashlib
+import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -45,9 +46,9 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
             if not found:
                 suffixes = " ".join(sorted(TEXT_SUFFIXES))
                 raise ValueError(f"{path}: no text in this folder (suffixes read: {suffixes}); name files instead")
-            files.update(found)
+            files.update(p.resolve() for p in found)
         elif path.exists():
-            files.add(path)
+            files.add(path.resolve())
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
     return sorted(files)
@@ -118,19 +119,24 @@ def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
     return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
 
 
-def head(spans: list[Span], size: int) -> list[Span]:
-    """At most the first `size` bytes of each span, so that no one file decides an evaluation."""
-    cuts = [_character_boundary(span.path, min(span.stop, span.start + size)) for span in spans]
-    return [Span(span.path, span.start, cut) for span, cut in zip(spans, cuts, strict=True) if cut > span.start]
+def from_random_place(span: Span, size: int, generator: random.Random) -> Span:
+    """The span from a random place on, with at least its last `size` bytes left (the whole of a shorter one)."""
+    start = generator.randint(span.start, max(span.start, span.stop - size))
+    return Span(span.path, max(span.start, _character_boundary(span.path, start)), span.stop)
 
 
 def make_encode(tokenizer: "PreTrainedTokenizerBase") -> Encode:
-    """The tokenizer's text -> ids, without special tokens."""
+    """The tokenizer's text -> ids, without special tokens: "[MASK]" written in a text stays those six characters."""
     from transformers import PerceiverTokenizer
 
     if isinstance(tokenizer, PerceiverTokenizer):  # bytes after 6 special ids: the same ids, 100 times faster
         return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int64) + 6
-    return lambda text: np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+
+    def encode(text: str) -> np.ndarray:
+        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return np.asarray(encoded["input_ids"], np.int64)
+
+    return encode
 
 
 def blocks(shards: list[list[Span]], encode: Encode, separator: int, length: int) -> Iterator[dict[str, np.ndarray]]:

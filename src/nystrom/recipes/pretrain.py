@@ -13,6 +13,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nystrom.attention import Kind
 from nystrom.checkpoint import save_config
-from nystrom.data.text import blocks, check_text, head, make_encode, python_files, split, text_files
+from nystrom.data.text import blocks, check_text, from_random_place, make_encode, python_files, split, text_files
 from nystrom.encoder import EncoderConfig, MaskedLM
 from nystrom.environment import describe
 
@@ -80,7 +81,7 @@ class Pretrain:
     mask_probability: float = 0.15
     """Part of the tokens to predict: 80 % of them masked, 10 % replaced at random, 10 % left."""
     eval_blocks: int = 64
-    """Held-out blocks scored, with fixed masks (count); at most 64 KiB of any file."""
+    """Held-out blocks scored, with fixed masks, spread over the files (count)."""
     eval_steps: int = 1000
     """Steps between evaluations and between checkpoints (count)."""
     seed: int = 0
@@ -89,8 +90,10 @@ class Pretrain:
 
 def run(config: Pretrain) -> None:
     """Train and print how well held-out text is predicted."""
+    from accelerate import PartialState
+
     held_out = train(config)["held_out"]
-    print(
+    PartialState().print(
         f"{config.out}: held-out loss {held_out['loss_nats']:.3f} nats, masked accuracy {held_out['accuracy']:.1%} "
         f"(always the commonest token: {held_out['baseline']['accuracy']:.1%})"
     )
@@ -104,32 +107,36 @@ def train(config: Pretrain) -> dict[str, Any]:
         FileNotFoundError, ValueError: data that cannot be read as text; a config that makes no model. Both before
             anything is written.
     """
+    from accelerate import PartialState
     from transformers import set_seed
 
-    check_out(config)
+    check_settings(config)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.is_main_process:  # alone: the others may already see what it writes next
+        check_out(config)
     tokenizer = load_tokenizer(config)
     train_spans, eval_spans = corpus(config)
     set_seed(config.seed)
     model = MaskedLM(encoder_config(config, len(tokenizer)))
-    train_set = stream(config, tokenizer, train_spans)
-    eval_set = list(stream(config, tokenizer, head(eval_spans, 1 << 16)).take(config.eval_blocks))
+    train_set = train_stream(config, tokenizer, train_spans)
+    eval_set, eval_files = fixed_eval_set(config, tokenizer, eval_spans)
     baseline = guess_commonest(train_set, eval_set)
 
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "pretrain.json", {"config": asdict(config), "environment": describe()})
-    save_config(model.encoder_config, config.out)
-    tokenizer.save_pretrained(str(config.out))
-
     trainer = build_trainer(config, model, train_set, eval_set)
+    if state.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "pretrain.json", {"config": asdict(config), "environment": describe()})
+        save_config(model.encoder_config, config.out)
+        tokenizer.save_pretrained(str(config.out))
     trainer.train(resume_from_checkpoint=config.resume)
     trainer.save_model()
     held_out = trainer.evaluate()
     metrics = {
         "held_out": {
             "accuracy": held_out["eval_accuracy"],
-            "loss_nats": held_out["eval_loss"],
+            "loss_nats": held_out["eval_loss_nats"],
             "blocks": len(eval_set),
-            "files": len(eval_spans),
+            "files": eval_files,
             "baseline": baseline,
         },
         "train": {
@@ -137,10 +144,27 @@ def train(config: Pretrain) -> dict[str, Any]:
             "bytes": sum(span.stop - span.start for span in train_spans),
             "parameters": sum(p.numel() for p in model.parameters()),
         },
-        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_accuracy" in entry],
     }
-    write_json(config.out / "metrics.json", metrics)
+    if state.is_main_process:
+        write_json(config.out / "metrics.json", metrics)
     return metrics
+
+
+def check_settings(config: Pretrain) -> None:
+    """Raise ValueError for a setting out of range; the model checks its own sizes."""
+    least = {"length": 2, "steps": 1, "batch_size": 1, "eval_blocks": 1, "eval_steps": 1, "seed": 0}
+    for name, lowest in least.items():
+        if getattr(config, name) < lowest:
+            raise ValueError(f"{name} must be at least {lowest}: got {getattr(config, name)}")
+    if not config.lr > 0:
+        raise ValueError(f"lr must be positive: got {config.lr}")
+    if not config.weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative: got {config.weight_decay}")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(f"warmup must be in [0, 1]: got {config.warmup}")
+    if not 0 < config.mask_probability <= 1:
+        raise ValueError(f"mask_probability must be above 0 and at most 1: got {config.mask_probability}")
 
 
 def check_out(config: Pretrain) -> None:
@@ -174,10 +198,12 @@ def load_tokenizer(config: Pretrain) -> "PreTrainedTokenizerBase":
 
 def corpus(config: Pretrain) -> "tuple[list[Span], list[Span]]":
     """Checked training and held-out spans: every file is read once here, so that a bad one stops the run now."""
-    spans = [check_text(path) for path in (text_files(config.data) if config.data else python_files())]
-    if not config.eval_data:
-        return split(spans, fraction=0.05)
-    return spans, [check_text(path) for path in text_files(config.eval_data)]
+    files = text_files(config.data) if config.data else python_files()
+    held_out = text_files(config.eval_data)
+    if shared := set(files) & set(held_out):
+        raise ValueError(f"--data and --eval-data must share no file: both hold {min(shared)} ({len(shared)} in all)")
+    spans = [check_text(path) for path in files]
+    return (spans, [check_text(path) for path in held_out]) if held_out else split(spans, fraction=0.05)
 
 
 def encoder_config(config: Pretrain, vocab_size: int) -> EncoderConfig:
@@ -196,8 +222,11 @@ def encoder_config(config: Pretrain, vocab_size: int) -> EncoderConfig:
     )
 
 
-def stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]") -> "IterableDataset":
-    """Masked blocks of the files, shuffled, in a new order each pass; shards are what workers and ranks divide."""
+def train_stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]") -> "IterableDataset":
+    """Masked blocks of the files without end, in shuffled order; shards are what workers and ranks divide.
+
+    One endless pass rather than epochs: then a resumed run finds its place by counting blocks from the start.
+    """
     from datasets import IterableDataset
 
     files = random.Random(config.seed).sample(spans, len(spans))
@@ -208,8 +237,32 @@ def stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[
         "separator": tokenizer.sep_token_id,
         "length": config.length,
     }
-    dataset = IterableDataset.from_generator(blocks, gen_kwargs=arguments)
+    dataset = IterableDataset.from_generator(blocks, gen_kwargs=arguments).repeat(None)
     return dataset.shuffle(seed=config.seed, buffer_size=256).map(make_mask(config, tokenizer), with_indices=True)
+
+
+def fixed_eval_set(
+    config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]"
+) -> tuple[list[dict[str, Any]], int]:
+    """Masked blocks of held-out files, as evenly from each as they allow, from a random place on; and the files' count.
+
+    Raises:
+        ValueError: so little text that no token is masked.
+    """
+    generator = random.Random(config.seed)
+    files = generator.sample(spans, min(len(spans), config.eval_blocks))
+    per_file = -(-config.eval_blocks // len(files))
+    encode, mask = make_encode(tokenizer), make_mask(config, tokenizer)
+    chosen: list[tuple[dict[str, Any], str]] = []
+    for span in files:
+        stretch = from_random_place(span, per_file * config.length, generator)
+        found = blocks([[stretch]], encode, cast(int, tokenizer.sep_token_id), config.length)
+        chosen += [(block, span.path) for block in islice(found, per_file)]
+    chosen = chosen[: config.eval_blocks]
+    masked = [mask(block, place) for place, (block, _) in enumerate(chosen)]
+    if not any((block["labels"] != -100).any() for block in masked):
+        raise ValueError(f"held-out text of {len(chosen)} blocks is too short to mask a token; pass more --eval-data")
+    return masked, len({path for _, path in chosen})
 
 
 def make_mask(
@@ -217,8 +270,8 @@ def make_mask(
 ) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     """Block -> block with labels: of the chosen tokens 80 % masked, 10 % replaced at random, 10 % left.
 
-    The draw depends on the seed, the block and its place in the pass, on nothing before it: so every evaluation sees
-    the same masks, every pass new ones, and a resumed run those of an uninterrupted one.
+    The draw depends on the seed, the block and its place in the stream, on nothing before it: so every pass has new
+    masks, and a resumed run those of an uninterrupted one.
     """
     from transformers import DataCollatorForLanguageModeling
 
@@ -281,6 +334,8 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         seed=config.seed,
+        use_cpu=not torch.accelerator.is_available(),  # or torchrun would start processes that know nothing of another
+        accelerator_config={"dispatch_batches": False},  # each process pads its own batches
     )
     trainer = Trainer(
         model=model,
@@ -288,25 +343,29 @@ def build_trainer(
         train_dataset=cast(Any, train_set),
         eval_dataset=cast(Any, eval_set),  # a list of examples is a map-style dataset
         data_collator=collate,
-        preprocess_logits_for_metrics=place_predictions,
-        compute_metrics=masked_accuracy,
+        preprocess_logits_for_metrics=cast(Any, place_predictions),
+        compute_metrics=masked_metrics,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress())
     return trainer
 
 
-def place_predictions(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-    """The predicted id at each labelled token, -100 elsewhere: small, and the same shape in every batch."""
-    predictions = labels.new_full(labels.shape, -100)
-    predictions[labels != -100] = logits.argmax(-1)
-    return predictions
+def place_predictions(logits: "torch.Tensor", labels: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+    """Predicted id and loss at each labelled token, elsewhere -100 and 0: small, and the same shape in every batch."""
+    labelled = labels != -100
+    predictions, losses = labels.new_full(labels.shape, -100), logits.new_zeros(labels.shape, dtype=torch.float32)
+    predictions[labelled] = logits.argmax(-1)
+    losses[labelled] = torch.nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
+    return predictions, losses
 
 
-def masked_accuracy(evaluated: "EvalPrediction") -> dict[str, float]:
-    """Part of the labelled tokens predicted right."""
-    predictions, labels = np.asarray(evaluated.predictions), np.asarray(evaluated.label_ids)
-    return {"accuracy": float((predictions == labels)[labels != -100].mean())}
+def masked_metrics(evaluated: "EvalPrediction") -> dict[str, float]:
+    """Part of the labelled tokens predicted right, and their mean loss: per token, however they fell into batches."""
+    predictions, losses = cast(tuple[np.ndarray, np.ndarray], evaluated.predictions)
+    labelled = np.asarray(evaluated.label_ids) != -100
+    right = (predictions == np.asarray(evaluated.label_ids))[labelled]
+    return {"accuracy": float(right.mean()), "loss_nats": float(losses[labelled].mean())}
 
 
 def guess_commonest(train_set: "IterableDataset", eval_set: list[dict[str, Any]]) -> dict[str, Any]:
