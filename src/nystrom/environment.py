@@ -27,12 +27,12 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, "+" after it where files differ; None outside a checkout."""
+    """Commit of the checkout this package runs from, "+" after it where its sources differ; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # else some other project's checkout
         head = _git(folder, "rev-parse", "--short=10", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
