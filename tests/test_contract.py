@@ -14,6 +14,9 @@ import torch
 import nystrom
 import nystrom.attention
 import nystrom.functional
+import nystrom.inverses
+import nystrom.landmarks
+import nystrom.maps
 from nystrom import environment
 from nystrom.bench.table import markdown, read
 
@@ -21,8 +24,14 @@ PACKAGE = Path(nystrom.__file__).parent
 # Each may import itself and what stands above it.
 ORDER = [
     "_validate",
+    "_cpu",
+    "landmarks",
+    "inverses",
     "functional",
+    "maps",
     "attention",
+    "multihead",
+    "compat",
     "encoder",
     "environment",
     "checkpoint",
@@ -111,7 +120,9 @@ def test_typed_marker_is_shipped():
 
 
 @pytest.mark.unhooked
-@pytest.mark.parametrize("module", [nystrom.functional, nystrom.attention])
+@pytest.mark.parametrize(
+    "module", [nystrom.functional, nystrom.landmarks, nystrom.inverses, nystrom.maps, nystrom.attention]
+)
 def test_docstring_examples(module):
     outcome = doctest.testmod(module)
     assert outcome.attempted > 0 and outcome.failed == 0

@@ -5,9 +5,18 @@ from nystrom.encoder import Encoder as Encoder
 from nystrom.encoder import EncoderConfig as EncoderConfig
 from nystrom.encoder import MaskedLM as MaskedLM
 from nystrom.encoder import SequenceClassifier as SequenceClassifier
-from nystrom.functional import iterative_pinv as iterative_pinv
 from nystrom.functional import nystrom_attention as nystrom_attention
-from nystrom.functional import segment_means as segment_means
+from nystrom.inverses import chebyshev_pinv as chebyshev_pinv
+from nystrom.inverses import iterative_pinv as iterative_pinv
+from nystrom.inverses import ridge_pinv as ridge_pinv
+from nystrom.inverses import svd_pinv as svd_pinv
+from nystrom.landmarks import grid_means as grid_means
+from nystrom.landmarks import kmeans as kmeans
+from nystrom.landmarks import segment_means as segment_means
+from nystrom.landmarks import strided as strided
+from nystrom.maps import attention_factors as attention_factors
+from nystrom.maps import attention_rows as attention_rows
+from nystrom.multihead import MultiheadAttention as MultiheadAttention
 
 __version__ = "0.1.0"
 
@@ -15,9 +24,18 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "MaskedLM",
+    "MultiheadAttention",
     "NystromAttention",
     "SequenceClassifier",
+    "attention_factors",
+    "attention_rows",
+    "chebyshev_pinv",
+    "grid_means",
     "iterative_pinv",
+    "kmeans",
     "nystrom_attention",
+    "ridge_pinv",
     "segment_means",
+    "strided",
+    "svd_pinv",
 ]

@@ -46,7 +46,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa
 
 
 def check_options(
-    dropout_p: float, is_causal: bool, scale: float | None, num_landmarks: int, num_pinv_iters: int
+    dropout_p: float, is_causal: bool, scale: float | None, num_landmarks: int, num_pinv_iters: int | None
 ) -> None:
     """Raise ValueError for an option outside its range, or one that landmark attention cannot obey."""
     if is_causal:
@@ -59,7 +59,7 @@ def check_options(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive: got {scale}")
     for name, count in (("num_landmarks", num_landmarks), ("num_pinv_iters", num_pinv_iters)):
-        if not isinstance(count, int) or count < 1:
+        if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} must be an integer of at least 1: got {count!r}")
 
 
@@ -88,6 +88,17 @@ def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, 
             raise ValueError(f"{ADDITIVE_RULE}: got {len(other)} other values, the first {other[0].item()}")
         mask = take_part
     return mask.expand(b, s)
+
+
+def check_landmarks(landmarks: Tensor, counts: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError unless landmarks (b, h, m, d) and counts (b, m) or (b, h, m) fit tokens (b, h, n, d)."""
+    b, h, _, d = tokens.shape
+    m = landmarks.shape[2] if landmarks.ndim == 4 else 0
+    if m < 1 or tuple(landmarks.shape) != (b, h, m, d) or tuple(counts.shape) not in ((b, m), (b, h, m)):
+        raise ValueError(
+            f"landmarks must return landmarks ({b}, {h}, m, {d}) and counts ({b}, m) or ({b}, {h}, m) with m >= 1 for "
+            f"tokens {tuple(tokens.shape)}: got {tuple(landmarks.shape)} and {tuple(counts.shape)}"
+        )
 
 
 def check_token_mask(name: str, mask: Tensor, b: int, n: int) -> None:

@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nystrom._validate import check_options, key_padding_mask
-from nystrom.functional import nystrom_attention
+from nystrom.functional import inverse_of, landmarks_of, nystrom_attention
+from nystrom.inverses import Inverse, InverseName
+from nystrom.landmarks import Landmarks, LandmarksName
 
 Kind = Literal["nystrom", "softmax"]
 
@@ -20,15 +22,17 @@ class NystromAttention(nn.Module):
         num_heads: h (count).
         kind: "nystrom" for linear cost; "softmax" runs exact attention with the same weights, for comparison.
         num_landmarks: m, landmarks per head (count). Unused by "softmax".
-        num_pinv_iters: steps of the inverse iteration (count). Unused by "softmax".
+        num_pinv_iters: steps of the inverse, where it takes any (count; see `nystrom_attention`). Unused by "softmax".
+        landmarks: how landmarks are made (see `nystrom_attention`). Unused by "softmax".
+        pinv: how the core is inverted (see `nystrom_attention`). Unused by "softmax".
         conv_kernel_size: tokens that the convolution skip spans; odd, or None for no skip. One filter per head, without
             bias, for either kind. The paper's text gives no size; the authors' code uses 33 to 65.
         dropout: probability of dropping an attention weight while training (see `nystrom_attention`).
         bias: whether the four projections have one.
 
     Raises:
-        ValueError: embed_dim is no multiple of num_heads; an even conv_kernel_size; an unknown kind; a count or dropout
-            out of range.
+        ValueError: embed_dim is no multiple of num_heads; an even conv_kernel_size; an unknown kind, landmarks or
+            pinv; a count or dropout out of range.
 
     Source: Xiong et al. 2021, arXiv:2102.03902, section 3 and Figure 2.
 
@@ -45,7 +49,9 @@ class NystromAttention(nn.Module):
         *,
         kind: Kind = "nystrom",
         num_landmarks: int = 64,
-        num_pinv_iters: int = 6,
+        num_pinv_iters: int | None = None,
+        landmarks: LandmarksName | Landmarks = "segment_means",
+        pinv: InverseName | Inverse = "iterative",
         conv_kernel_size: int | None = 33,
         dropout: float = 0.0,
         bias: bool = True,
@@ -56,12 +62,16 @@ class NystromAttention(nn.Module):
         if conv_kernel_size is not None and (conv_kernel_size < 1 or conv_kernel_size % 2 == 0):
             raise ValueError(f"conv_kernel_size must be odd, so that it has a centre, or None: got {conv_kernel_size}")
         check_options(dropout, False, None, num_landmarks, num_pinv_iters)
+        inverse_of(pinv, num_pinv_iters)
+        landmarks_of(landmarks)
         if kind not in ("nystrom", "softmax"):
             raise ValueError(f"kind must be 'nystrom' or 'softmax': got {kind!r}")
         self.num_heads = num_heads
         self.kind: Kind = kind
         self.num_landmarks = num_landmarks
         self.num_pinv_iters = num_pinv_iters
+        self.landmarks: LandmarksName | Landmarks = landmarks
+        self.pinv: InverseName | Inverse = pinv
         self.dropout = dropout
         self.query = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.key = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -101,6 +111,8 @@ class NystromAttention(nn.Module):
                 dropout_p,
                 num_landmarks=self.num_landmarks,
                 num_pinv_iters=self.num_pinv_iters,
+                landmarks=self.landmarks,
+                pinv=self.pinv,
             )
         if self.conv is not None:
             visible = value if mask is None else value.masked_fill(~mask[:, None, :, None], 0.0)
@@ -111,4 +123,5 @@ class NystromAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, num_landmarks={self.num_landmarks}, num_pinv_iters={self.num_pinv_iters}"
+        options = ("kind", "num_landmarks", "num_pinv_iters", "landmarks", "pinv")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
