@@ -1,5 +1,6 @@
 # make demo   pretrain a small model on real text, use it, time it (about 3 minutes)
 # make test   the whole test suite
+# make nightly   thousands of random cases of every law in tests/test_properties.py (about 20 minutes)
 # make lint   format check, linter, type checker        make check = lint + test
 # Elsewhere than Linux with a GPU the CPU build of torch saves a download of gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint check format
+.PHONY: demo test nightly lint check format
 
 demo: .venv/installed-train
 	$(BIN)/nystrom demo
@@ -17,6 +18,9 @@ demo: .venv/installed-train
 test: .venv/installed-dev
 	$(BIN)/pytest -m "not unhooked" --jaxtyping-packages=nystrom,beartype.beartype
 	$(BIN)/pytest -m unhooked
+
+nightly: .venv/installed-dev
+	$(BIN)/pytest tests/test_properties.py --hypothesis-profile=nightly
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -15,7 +15,9 @@ import torch
 
 from nystrom.bench.error import Error
 from nystrom.bench.memory import Memory
+from nystrom.bench.plot import Plot
 from nystrom.bench.speed import Speed
+from nystrom.bench.table import Table
 from nystrom.checkpoint import load_masked_lm
 from nystrom.data.text import check_text, text_files
 from nystrom.demo import Demo
@@ -55,8 +57,8 @@ HELP = {
     ("pretrain",): ("--length INT", "Tokens in a block", "(default: 2048)", "--resume"),
     ("demo",): ("--steps INT", "Training steps (count)."),
     ("fill-mask",): ("--text STR", "Text with at least one mask", "(required)"),
-    ("bench",): ("speed", "memory", "error", "One JSON line per measurement"),
-    ("bench", "speed"): ("--lengths [INT [INT ...]]", "--backward"),
+    ("bench",): ("speed", "memory", "error", "table", "plot", "One JSON line per measurement"),
+    ("bench", "speed"): ("--lengths [INT [INT ...]]", "--backward", "--peers", "The published comparison"),
 }
 
 
@@ -71,7 +73,7 @@ def test_help_is_worth_reading(command, phrases):
 
 def test_every_flag_is_explained():
     """Each field of a command's dataclass is followed by its docstring, which is its help text."""
-    commands = [Demo, Pretrain, FillMask, Speed, Memory, Error]
+    commands = [Demo, Pretrain, FillMask, Speed, Memory, Error, Table, Plot]
     for command in commands:
         (body,) = (
             node.body for node in ast.walk(ast.parse(inspect.getsource(command))) if isinstance(node, ast.ClassDef)
@@ -276,8 +278,13 @@ def test_bench_error_falls_with_landmarks(tmp_path):
     done = nystrom("bench", "error", *arguments, "--out", out)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    error = {(line["num_landmarks"], line["num_pinv_iters"]): line["relative_error"] for line in lines}
+    steps = [line for line in lines if "what" not in line]
+    error = {(line["num_landmarks"], line["num_pinv_iters"]): line["relative_error"] for line in steps}
     assert error[128, 30] < 1e-8 < error[128, 6] < error[4, 6]
+    kinds = {(line["method"], line["num_landmarks"]): line["relative_error"] for line in lines if "what" in line}
+    assert kinds["published", 4] == error[4, 6]
+    assert len({kinds[kind, 4] for kind in ("published", "chebyshev", "ridge", "svd", "strided", "kmeans")}) == 6
+    assert "by kind" in done.stdout
 
 
 def test_demo_runs_in_small(tmp_path):
@@ -372,7 +379,7 @@ def test_a_damaged_model_is_named(trained, tmp_path):
 
 def test_bench_table_prints_kept_lines_and_names_a_bad_one(tmp_path):
     out = tmp_path / "lines.jsonl"
-    arguments = ("--lengths", "64", "--landmarks", "4", "--pinv-iters", "6", "--heads", "2")
+    arguments = ("--lengths", "64", "--landmarks", "4", "--pinv-iters", "6", "--heads", "2", "--no-kinds")
     assert nystrom("bench", "error", *arguments, "--out", out).returncode == 0
     (line,) = map(json.loads, out.read_text().splitlines())
     done = nystrom("bench", "table", "--lines", out)

@@ -69,7 +69,7 @@ def test_kmeans_is_lloyds_algorithm(masked, steps):
                 continue
             for _ in range(steps):
                 centres = [tokens[i, j, one].mean(0) for one in clusters]
-                nearest = [min(range(6), key=lambda c: (tokens[i, j, t] - centres[c]).norm().item()) for t in valid]  # noqa: B023
+                nearest = [min(range(6), key=lambda c: (tokens[i, j, t] - centres[c]).norm().item()) for t in valid]
                 clusters = [[t for t, c in zip(valid, nearest, strict=True) if c == k] for k in range(6)]
             assert counts[i, j].tolist() == [len(one) for one in clusters]
             for k, one in enumerate(clusters):

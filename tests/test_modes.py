@@ -1,4 +1,4 @@
-"""Every way of running the op, each with a mask: compiled, exported, ONNX, functorch, meta, deterministic, checkpoint."""
+"""Every way of running the op, with a mask: compiled, exported, ONNX, functorch, meta, deterministic, checkpointed."""
 
 import copy
 import pickle

@@ -81,9 +81,10 @@ class _FewKeys(Function):
     def forward(ctx, query, key, value, mask, scale):
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
-        (b, h, n, _), v, token_major = query.shape, value.shape[-1], _token_major(query)
-        memory = query.new_empty((b, n, h, v) if token_major else (b, h, n, v))  # a view could not be written to
-        out = memory.transpose(1, 2) if token_major else memory
+        (b, h, n, _), v = query.shape, value.shape[-1]
+        ctx.token_major = _token_major(query)
+        memory = query.new_empty((b, n, h, v) if ctx.token_major else (b, h, n, v))  # a view could not be written to
+        out = memory.transpose(1, 2) if ctx.token_major else memory
         scaled = (scale * key).mT.contiguous()  # (b, h, d, m)
         bias = _bias(mask, key.dtype)
         for i, tokens, weight in _blocks(query, key):
@@ -96,7 +97,7 @@ class _FewKeys(Function):
     @custom_bwd(device_type="cpu")  # a backward pass may run inside autocast
     def backward(ctx, grad):
         query, key, value, mask = ctx.saved_tensors
-        grad = grad.transpose(1, 2) if _token_major(query) else grad
+        grad = grad.transpose(1, 2) if ctx.token_major else grad
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         scaled = ctx.scale * key
         scaled_t, value_t = scaled.mT.contiguous(), value.mT.contiguous()

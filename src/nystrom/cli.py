@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     from tyro.conf import OmitSubcommandPrefixes, subcommand
 
     from nystrom import demo
-    from nystrom.bench import error, memory, speed, table
+    from nystrom.bench import error, memory, plot, speed, table
     from nystrom.recipes import fill_mask, pretrain
 
     @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> None:
             | Annotated[memory.Memory, subcommand("memory")]
             | Annotated[error.Error, subcommand("error")]
             | Annotated[table.Table, subcommand("table")]
+            | Annotated[plot.Plot, subcommand("plot")]
         ]
 
     command = tyro.cli(
@@ -71,3 +72,5 @@ def run(arguments: list[str]) -> None:
             error.run(config)
         case Bench(table.Table() as config):
             table.run(config)
+        case Bench(plot.Plot() as config):
+            plot.run(config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "nystrom-attention")
 
 
 def describe() -> dict[str, Any]:

@@ -85,7 +85,8 @@ def nystrom_attention(
         attn_mask: which keys take part: bool (True = takes part) or additive float (0, or <= -1e4 for masked), of
             shape (b, s), (b, 1, 1, s), (1, 1, 1, s), or (b, 1, n, s) with equal rows. A 2-D mask is read as (b, s),
             where SDPA would read (n, s). A masked key adds nothing to any landmark or output, whatever it holds, so
-            long as it is finite.
+            long as it is finite. (In the backward pass of torch's fused kernels, hence not in that of eager CPU code,
+            a padded query with logits beyond about 1e6 can overflow into NaN.)
         dropout_p: probability with which a query's weight on a landmark (an entry of `left`) is zeroed; the others
             are scaled by 1 / (1 - dropout_p), so the expected output is unchanged. Applied whenever it is above 0.
         is_causal: must be False; landmarks average over the future.
@@ -165,6 +166,8 @@ def summarise(
     elif n == s:
         query_mask = key_mask
     query, query_landmarks, query_exists = _landmarks(query, landmarks, num_landmarks, query_mask)
+    if key_mask is not None:  # where there is no key, ask nothing of the padding that `_never_empty` shows
+        query_landmarks = query_landmarks.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
     key, key_landmarks, key_exists = _landmarks(key, landmarks, num_landmarks, key_mask)
     key_landmarks = key_landmarks.repeat_interleave(h // g, dim=1)
     if key_exists is not None and key_exists.shape[1] == g:

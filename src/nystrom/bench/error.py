@@ -1,4 +1,4 @@
-"""How far Nyström attention is from exact attention, over landmarks and iterations, on synthetic inputs.
+"""How far Nyström attention is from exact attention, over landmarks, iterations and kinds, on synthetic inputs.
 
 nystrom bench error --lengths 512 2048 --landmarks 16 64 256
 """
@@ -6,15 +6,26 @@ nystrom bench error --lengths 512 2048 --landmarks 16 64 256
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
+from nystrom.bench.lines import Grid, Line, append, grid, show, stamp, tables
 from nystrom.bench.methods import check_sizes
 from nystrom.functional import nystrom_attention
+
+KINDS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "chebyshev": {"pinv": "chebyshev"},
+    "ridge": {"pinv": "ridge"},
+    "svd": {"pinv": "svd"},
+    "strided": {"landmarks": "strided"},
+    "kmeans": {"landmarks": "kmeans"},
+}
+"""Options of `nystrom_attention` that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +38,8 @@ class Error:
     """Landmark counts."""
     pinv_iters: tuple[int, ...] = (2, 4, 6, 8, 12)
     """Steps of the inverse iteration (counts)."""
+    kinds: bool = True
+    """Compare the kinds of inverses and landmarks as well, each with its default options."""
     heads: int = 12
     """Heads, each with its own inputs (count)."""
     head_dim: int = 64
@@ -48,13 +61,16 @@ def run(config: Error) -> list[Line]:
     lines = stamp("error", (line for n in config.lengths for line in measure(config, n)))
     if config.out:
         append(config.out, lines)
-    show(*(summary([line for line in lines if line["n"] == n]) for n in config.lengths))
+    show(*(summary(table) for table in tables(lines)))
     return lines
 
 
 def summary(lines: list[Line]) -> Grid:
-    """The lines of one length as a table: landmarks down, iterations across."""
+    """The lines of one length as a table: landmarks down, iterations or kinds across."""
     first = lines[0]
+    if first.get("what") == "kinds":
+        title = f"relative error of the output by kind, n = {first['n']}, smoothness {first['smoothness']}"
+        return grid(title, lines, "num_landmarks", {name: name for name in KINDS}, "{relative_error:.3f}")
     by_iterations = [{**line, "method": f"{line['num_pinv_iters']} iterations"} for line in lines]
     columns = {line["method"]: line["method"] for line in by_iterations}
     title = f"relative error of the output, n = {first['n']}, smoothness {first['smoothness']}"
@@ -62,20 +78,21 @@ def summary(lines: list[Line]) -> Grid:
 
 
 def measure(config: Error, n: int) -> list[Line]:
-    """One line per landmark and iteration count at one length; the error is the median over heads."""
+    """One line per landmark and iteration count, and per landmark count and kind; the error is the heads' median."""
     generator = torch.Generator().manual_seed(config.seed)
     query, key, value = (drifting_tokens(config, n, generator) for _ in range(3))
     exact = F.scaled_dot_product_attention(query, key, value)
-    lines = []
-    for m in config.landmarks:
-        for k in config.pinv_iters:
-            approximate = nystrom_attention(query, key, value, num_landmarks=m, num_pinv_iters=k)
-            per_head = (approximate - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
-            line = {"method": "nystrom", "n": n, "num_landmarks": m, "num_pinv_iters": k}
-            sizes = {"heads": config.heads, "head_dim": config.head_dim, "smoothness": config.smoothness}
-            error = {"relative_error": median(per_head.flatten().tolist()), "seed": config.seed}
-            lines.append({**line, **error, **sizes})
-    return lines
+
+    def line(method: str, m: int, options: dict[str, Any]) -> Line:
+        approximate = nystrom_attention(query, key, value, num_landmarks=m, **options)
+        per_head = (approximate - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+        error = {"relative_error": median(per_head.flatten().tolist()), "seed": config.seed}
+        sizes = {"heads": config.heads, "head_dim": config.head_dim, "smoothness": config.smoothness}
+        return {"method": method, "n": n, "num_landmarks": m, **options, **error, **sizes}
+
+    steps = [line("nystrom", m, {"num_pinv_iters": k}) for m in config.landmarks for k in config.pinv_iters]
+    kinds = [line(name, m, options) for m in config.landmarks for name, options in KINDS.items() if config.kinds]
+    return steps + [{**kind, "what": "kinds"} for kind in kinds]
 
 
 def drifting_tokens(config: Error, n: int, generator: torch.Generator) -> Float[Tensor, "1 h n d"]:

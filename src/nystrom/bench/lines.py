@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,20 @@ def append(path: Path, lines: Iterable[Line]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+RUN = ("bench", "utc", "what", "layout")
+"""Lines next to each other that share these belong in one table, within the split that `tables` makes."""
+
+
+def tables(lines: Iterable[Line]) -> list[list[Line]]:
+    """Cut lines into tables: forward and backward make two, except of encoders; so does each length of error."""
+
+    def table_of(line: Line) -> str:
+        keys = [*RUN, *(["n"] if line["bench"] == "error" else [])]
+        return str([line.get(key) for key in keys + ([] if line.get("what") == "encoder" else ["backward"])])
+
+    return [list(group) for _, group in groupby(lines, table_of)]
 
 
 class Grid(NamedTuple):

@@ -31,7 +31,7 @@ class Memory:
     """Width of a head."""
     num_landmarks: int = 64
     """Landmarks (count)."""
-    forms: tuple[Form, ...] = ("nystrom", "exact", "three_factor", "hf")
+    forms: tuple[Form, ...] = ("nystrom", "exact", "three_factor", "hf", "lucidrains")
     """What to measure; a form that is not installed, or cannot run at a length, is left out."""
     backward: bool = False
     """Forward and backward together, instead of the forward alone."""

@@ -14,14 +14,17 @@ from nystrom.functional import iterative_pinv, nystrom_attention, segment_means
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query, key, value, all (b, h, n, d), to the output (b, h, n, d)."""
 
-Form = Literal["nystrom", "exact", "three_factor", "hf"]
+Form = Literal["nystrom", "exact", "three_factor", "hf", "lucidrains"]
 NAMES: dict[str, str] = {
     "nystrom": "nystrom",
     "exact": "exact (SDPA)",
     "three_factor": "three factors",
     "hf": "Hugging Face",
+    "lucidrains": "lucidrains",
 }
 """Each form as tables head it."""
+PINV_ITERS = 6
+"""Steps of the inverse iteration, for every form; transformers' is fixed at this."""
 
 
 def check_sizes(**sizes: int | tuple[int, ...]) -> None:
@@ -33,14 +36,17 @@ def check_sizes(**sizes: int | tuple[int, ...]) -> None:
 
 
 def methods(h: int, n: int, d: int, num_landmarks: int) -> dict[str, Attend]:
-    """Every form that can run here, ours first; `hf` only where transformers is installed."""
+    """Every form that can run here, ours first; a peer where it is installed and computes what the paper says."""
     forms: dict[str, Attend] = {
-        "nystrom": lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=num_landmarks),
+        "nystrom": lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=num_landmarks, num_pinv_iters=PINV_ITERS),
         "exact": F.scaled_dot_product_attention,
         "three_factor": lambda q, k, v: three_factor(q, k, v, num_landmarks),
     }
-    if find_spec("transformers") and n % num_landmarks == 0 and n > num_landmarks:  # all that it can run
+    whole_segments = n % num_landmarks == 0
+    if find_spec("transformers") and whole_segments and n > num_landmarks:  # at n = m it runs exact attention
         forms["hf"] = hugging_face(h, n, d, num_landmarks)
+    if find_spec("nystrom_attention") and whole_segments:  # else it lets zero padding into landmarks and keys
+        forms["lucidrains"] = lucidrains(h, d, num_landmarks)
     return forms
 
 
@@ -54,14 +60,11 @@ def three_factor(
     left = (query @ key_landmarks.mT).softmax(-1)
     core = (query_landmarks @ key_landmarks.mT).softmax(-1)
     right = (query_landmarks @ key.mT).softmax(-1)
-    return (left @ iterative_pinv(core)) @ (right @ value)
+    return (left @ iterative_pinv(core, PINV_ITERS)) @ (right @ value)
 
 
 def hugging_face(h: int, n: int, d: int, num_landmarks: int) -> Attend:
-    """The attention core of transformers' Nyströmformer: its projections made the identity, its convolution left out.
-
-    It projects one input three ways, so here query, key and value are all `query`; its cost does not depend on that.
-    """
+    """The attention core of transformers' Nyströmformer, without its projections, its convolution and its dropout."""
     from transformers import NystromformerConfig
     from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
@@ -69,15 +72,57 @@ def hugging_face(h: int, n: int, d: int, num_landmarks: int) -> Attend:
         hidden_size=h * d, num_attention_heads=h, num_landmarks=num_landmarks, segment_means_seq_len=n
     )
     core = NystromformerSelfAttention(config).eval()
-    for name in ("query", "key", "value"):
-        setattr(core, name, nn.Identity())
+    for place, name in enumerate(("query", "key", "value")):
+        setattr(core, name, Pick(place))
     core.conv_kernel_size = None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        hidden = query.transpose(1, 2).flatten(2)
-        return core(hidden)[0].unflatten(2, (h, d)).transpose(1, 2)
+        return core(Projected(query, key, value))[0].unflatten(2, (h, d)).transpose(1, 2)
 
     return attend
+
+
+def lucidrains(h: int, d: int, num_landmarks: int) -> Attend:
+    """The attention core of the PyPI package nystrom-attention, without its projections, convolution and dropout."""
+    from nystrom_attention import NystromAttention
+
+    core = NystromAttention(
+        h * d, dim_head=d, heads=h, num_landmarks=num_landmarks, pinv_iterations=PINV_ITERS, residual=False
+    ).eval()
+    for name in ("to_qkv", "to_out"):  # it cuts what to_qkv gives with `chunk`, which Projected has
+        setattr(core, name, nn.Identity())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return core(Projected(query, key, value)).unflatten(2, (h, d)).transpose(1, 2)
+
+    return attend
+
+
+class Projected:
+    """Query, key and value, all (b, h, n, d), in the place of a peer module's input and of what it projects it to.
+
+    The peers' modules want (b, n, h d): a view of inputs whose tokens come first in memory, a copy of others.
+    """
+
+    def __init__(self, *heads: Tensor) -> None:
+        self.parts = [x.transpose(1, 2).flatten(2) for x in heads]
+        self.shape = self.parts[0].shape
+
+    def chunk(self, chunks: int, dim: int) -> list[Tensor]:
+        """As `Tensor.chunk`: query, key and value."""
+        assert (chunks, dim) == (3, -1)
+        return self.parts
+
+
+class Pick(nn.Module):
+    """Instead of a projection: one of the three tensors that are already there."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, projected: Projected) -> Tensor:
+        return projected.parts[self.place]
 
 
 def random_inputs(

@@ -5,15 +5,12 @@ nystrom bench table --lines docs/results/speed.jsonl
 
 import json
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from nystrom.bench import error, memory, speed
-from nystrom.bench.lines import Line
+from nystrom.bench.lines import Line, tables
 
 SUMMARY = {"speed": speed.summary, "memory": memory.summary, "error": error.summary}
-RUN = ("bench", "utc", "backward", "layout")
-"""Lines that share these belong in one table; so do error's of one n."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +48,9 @@ def read(path: Path) -> list[Line]:
 
 
 def markdown(lines: list[Line]) -> str:
-    """A table per run, with what it ran on below."""
-
-    def run_of(line: Line) -> str:
-        return str([line.get(key) for key in RUN] + [line["n"] if line["bench"] == "error" else None])
-
+    """A table per run and kind of measurement, with what it ran on below."""
     parts = []
-    for _, group in groupby(lines, run_of):
-        together = list(group)
+    for together in tables(lines):
         about = together[0]["environment"]
         where = f"{about['processor']}, {about['cores']} cores, torch {about['packages']['torch']}"
         parts.append(f"{SUMMARY[together[0]['bench']](together).markdown()}\n\n{where}; commit {about['commit']}")
