@@ -24,6 +24,7 @@ PACKAGE = Path(nystrom.__file__).parent
 # Each may import itself and what stands above it.
 ORDER = [
     "_validate",
+    "_precision",
     "_cpu",
     "landmarks",
     "inverses",

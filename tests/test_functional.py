@@ -85,10 +85,35 @@ def test_custom_scale_equals_reference():
 
 @pytest.mark.unhooked
 @pytest.mark.parametrize("lengths", [None, [11, 5], [11, 2], [11, 0]])
-def test_gradcheck(lengths):
+@pytest.mark.parametrize("block", [8, _cpu.BLOCK])
+def test_gradcheck(lengths, block, monkeypatch):
+    monkeypatch.setattr(_cpu, "BLOCK", block)
     inputs = tuple(x.requires_grad_() for x in qkv(2, 2, 11, 3))
     mask = None if lengths is None else prefix_mask(lengths, 11)
     assert torch.autograd.gradcheck(lambda q, k, v: nystrom_attention(q, k, v, mask, num_landmarks=3), inputs)
+
+
+@pytest.mark.parametrize("block", [8, _cpu.BLOCK])
+def test_gradients_refuse_to_be_differentiated_again(block, monkeypatch):
+    """torch's own guard is passed over by torch.autograd.grad, which then gives wrong numbers."""
+    monkeypatch.setattr(_cpu, "BLOCK", block)
+    x = torch.randn(1, 2, 20, 4, dtype=F64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again|not implemented"):
+        (grad,) = torch.autograd.grad(nystrom_attention(x, x, x, num_landmarks=5).square().sum(), x, create_graph=True)
+        torch.autograd.grad(grad.square().sum(), x)
+
+
+def test_second_derivatives_through_functorch_and_the_math_backend():
+    x, v = torch.randn(2, 1, 2, 12, 4, dtype=F64).unbind()
+
+    def loss(x: Tensor) -> Tensor:
+        return nystrom_attention(x, x, x, num_landmarks=4).square().sum()
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradient = torch.func.grad(loss)
+        _, product = torch.func.vjp(gradient, x)
+        numeric = (gradient(x + 1e-5 * v) - gradient(x - 1e-5 * v)) / 2e-5
+        torch.testing.assert_close(product(v)[0], numeric, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_sum_to_one():
@@ -439,7 +464,7 @@ def test_helpers_refuse_with_the_values():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("width", [8, 16])
 def test_makes_no_array_that_grows_faster_than_the_output(masked, width):
-    """Counted through the dispatcher: no n x m array and no copy of the inputs, blocks apart."""
+    """Counted through the dispatcher: no n x m array and no copy of the inputs, with a mask or without."""
     n, m = 65536, 64
     query, key, value = (torch.randn(1, 2, n, width) for _ in range(3))
     mask = prefix_mask([n - 5], n) if masked else None

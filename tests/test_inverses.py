@@ -97,6 +97,23 @@ def test_svd_gradient_counts_the_dropped_values_too():
     assert torch.autograd.gradcheck(partial(svd_pinv, rtol=0.1), (matrix.requires_grad_(),))
 
 
+@pytest.mark.unhooked
+@pytest.mark.parametrize("pinv", [ridge_pinv, partial(svd_pinv, rtol=0.3)], ids=["ridge", "svd"])
+def test_closed_form_gradients_can_be_differentiated_again(pinv):
+    assert torch.autograd.gradgradcheck(pinv, (torch.rand(2, 5, 5, dtype=F64, requires_grad=True),))
+
+
+@pytest.mark.parametrize("pinv", ALL.values(), ids=ALL.keys())
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_matrix_leaves_its_batch_mates_alone(pinv, bad):
+    matrix = torch.softmax(torch.randn(3, 6, 6), -1)
+    want = pinv(matrix)
+    matrix[1, 2, 3] = bad
+    got = pinv(matrix)
+    assert not got[1].isfinite().all()
+    torch.testing.assert_close(got[[0, 2]], want[[0, 2]])
+
+
 CORES = {
     "zero": torch.zeros(6, 6),
     "uniform": torch.full((6, 6), 1 / 6),
@@ -136,7 +153,7 @@ def test_halves_and_autocast_run_in_float32(pinv):
 def test_block_and_plain_iteration_agree(shape, monkeypatch):
     matrix = torch.rand(shape, dtype=F64, requires_grad=True)
     results = []
-    for usable in (_cpu.usable, lambda x: False):
+    for usable in (_cpu.usable, lambda *tensors: False):
         monkeypatch.setattr(_cpu, "usable", usable)
         out = iterative_pinv(matrix)
         results.append((out, torch.autograd.grad(out.cos().sum(), matrix)[0]))

@@ -28,7 +28,7 @@ def tokens_and_mask(n: int = 35) -> tuple[Tensor, Tensor]:
 @pytest.fixture(params=["blocks", "small blocks", "plain"])
 def kernel(request, monkeypatch) -> None:
     if request.param == "plain":
-        monkeypatch.setattr(_cpu, "usable", lambda x: False)
+        monkeypatch.setattr(_cpu, "usable", lambda *tensors: False)
     elif request.param == "small blocks":
         monkeypatch.setattr(_cpu, "BLOCK", 50)
 
@@ -161,6 +161,18 @@ def test_names_are_the_functions():
         other = nystrom_attention(query, key, value, num_landmarks=6, landmarks=ALL[name])
         assert torch.equal(one, other)
         assert name == "segment_means" or not torch.equal(one, nystrom_attention(query, key, value, num_landmarks=6))
+
+
+def test_a_function_of_ones_own_may_return_halves():
+    query, key, value = (torch.randn(2, 3, 35, 5).bfloat16() for _ in range(3))
+
+    def first(tokens: Tensor, num_landmarks: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return tokens[:, :, :num_landmarks], torch.ones(2, num_landmarks)
+
+    out = nystrom_attention(query, key, value, num_landmarks=6, landmarks=first)
+    wide = (query.float(), key.float(), value.float())
+    want = nystrom_attention(*wide, num_landmarks=6, landmarks=first)
+    assert torch.equal(out, want.bfloat16())
 
 
 def test_grouped_heads_and_cross_attention_with_kmeans():

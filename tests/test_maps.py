@@ -90,6 +90,15 @@ def test_halves_give_float32():
 
 
 @pytest.mark.unhooked
+def test_rows_compile_as_one_graph():
+    torch._dynamo.reset()
+    query, key, mask, options = case("cross")
+    compiled = torch.compile(attention_rows, fullgraph=True, backend="aot_eager")
+    rows = compiled(query, key, torch.tensor([3, 0]), mask, **options)
+    torch.testing.assert_close(rows, attention_rows(query, key, torch.tensor([3, 0]), mask, **options))
+
+
+@pytest.mark.unhooked
 def test_refusals():
     x = torch.randn(2, 3, 35, 5)
     for indices, message in (

@@ -152,7 +152,7 @@ def implementation(plain: bool, block: int = _cpu.BLOCK) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(_cpu, "BLOCK", block))
         if plain:
-            stack.enter_context(mock.patch.object(_cpu, "usable", lambda x: False))
+            stack.enter_context(mock.patch.object(_cpu, "usable", lambda *tensors: False))
         yield
 
 
@@ -538,11 +538,6 @@ def test_gradients_add_up_where_inputs_are_used_elsewhere(case: Case):
         out = case.run(*(part.view(x.shape) for part, x in zip(parts, inputs, strict=True)))
         for got, one in zip(grad(out.sum(), inputs), want, strict=True):
             assert gap(got, one) < 1e-12
-        out = case.run(*inputs)
-        if not case.plain:  # torch's kernel saves its output, and refuses
-            out.mul_(2).add_(1)
-            for got, one in zip(grad(out, inputs, ones), want, strict=True):
-                assert gap(got, 2 * one) < 1e-12
         out = checkpoint(lambda *tensors: case.run(*tensors), *inputs, use_reentrant=False)
         for got, one in zip(grad(out, inputs, ones), want, strict=True):
             assert torch.equal(got, one)

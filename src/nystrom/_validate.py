@@ -77,13 +77,13 @@ def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, 
     for axis, word in ((1, "head"), (2, "query")):
         if mask.shape[axis] != 1 and mask.stride(axis) != 0:  # stride 0 is an expanded view: equal by construction
             same = (mask == mask.narrow(axis, 0, 1)).all()
-            if _known_false(same, f"{KEY_PADDING_RULE}, and its values vary by {word}"):
+            if known_false(same, f"{KEY_PADDING_RULE}, and its values vary by {word}"):
                 sizes = _mask_sizes(attn_mask, b, n, s)
                 raise ValueError(f"{KEY_PADDING_RULE}: {sizes}, and its values vary by {word}")
     mask = mask[:, 0, 0, :]
     if mask.dtype != torch.bool:
         take_part = mask == 0
-        if _known_false((take_part | (mask <= MASKED_BELOW)).all(), ADDITIVE_RULE):
+        if known_false((take_part | (mask <= MASKED_BELOW)).all(), ADDITIVE_RULE):
             other = mask[~take_part & ~(mask <= MASKED_BELOW)]
             raise ValueError(f"{ADDITIVE_RULE}: got {len(other)} other values, the first {other[0].item()}")
         mask = take_part
@@ -110,7 +110,7 @@ def check_token_mask(name: str, mask: Tensor, b: int, n: int) -> None:
         )
 
 
-def _known_false(condition: Tensor, rule: str) -> bool:
+def known_false(condition: Tensor, rule: str) -> bool:
     """Whether a scalar condition fails; where its value is not known yet, leave a run-time assertion instead."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, rule)  # pyright: ignore[reportPrivateImportUsage]

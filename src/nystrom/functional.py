@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nystrom import _cpu
+from nystrom._precision import full_precision
 from nystrom._validate import (
     check_attention_inputs,
     check_landmarks,
@@ -37,7 +37,6 @@ from nystrom.inverses import (
     Inverse,
     InverseName,
     chebyshev_pinv,
-    full_precision,
     iterative_pinv,
     ridge_pinv,
     svd_pinv,
@@ -74,9 +73,9 @@ def nystrom_attention(
     """Approximate softmax attention in time and memory linear in the length.
 
     The first eight parameters are those of `torch.nn.functional.scaled_dot_product_attention`. Time is
-    O(b h (n + s) m d + b h m³); beyond the output, memory is O(b h m (d + m)) on a CPU and wherever torch has a fused
-    kernel for the inputs (with dropout_p > 0 it has none on CPU), plus, on other devices, a copy of query and key with
-    a mask, and of all inputs in half precision.
+    O(b h (n + s) m d + b h m³). Beyond the output, memory is O(b h m (d + m)) wherever torch has a fused kernel for the
+    inputs (on CPU it has none with dropout_p > 0), plus a float32 copy of half-precision inputs, of value or of query
+    and key where their widths differ, and, on other devices than a CPU, of query and key with a mask.
 
     Args:
         query: what the n tokens ask, per head.
@@ -85,8 +84,8 @@ def nystrom_attention(
         attn_mask: which keys take part: bool (True = takes part) or additive float (0, or <= -1e4 for masked), of
             shape (b, s), (b, 1, 1, s), (1, 1, 1, s), or (b, 1, n, s) with equal rows. A 2-D mask is read as (b, s),
             where SDPA would read (n, s). A masked key adds nothing to any landmark or output, whatever it holds, so
-            long as it is finite. (In the backward pass of torch's fused kernels, hence not in that of eager CPU code,
-            a padded query with logits beyond about 1e6 can overflow into NaN.)
+            long as its logits are finite; in the backward pass of torch's fused kernels a padded query with logits
+            beyond about 1e6 can overflow into NaN.
         dropout_p: probability with which a query's weight on a landmark (an entry of `left`) is zeroed; the others
             are scaled by 1 / (1 - dropout_p), so the expected output is unchanged. Applied whenever it is above 0.
         is_causal: must be False; landmarks average over the future.
@@ -105,8 +104,8 @@ def nystrom_attention(
 
     Returns:
         The attended values, in value's dtype. All arithmetic is in float32 or wider, autocast included. A sample
-        without a valid key, or without a valid query, gives zeros and zero gradients. On a CPU, and with dropout_p = 0,
-        the gradients cannot be differentiated again.
+        without a valid key, or without a valid query, gives zeros and zero gradients. On a CPU the gradients cannot be
+        differentiated again, except under `torch.func` with SDPA's math backend.
 
     Raises:
         ValueError: shapes or dtypes disagree; the mask varies by query or head; is_causal; an option out of range.
@@ -123,14 +122,16 @@ def nystrom_attention(
     invert = inverse_of(pinv, num_pinv_iters)
     with full_precision(query.device):
         at = summarise(query, key, attn_mask, query_mask, scale, num_landmarks, landmarks)
-        core_pinv = invert(core(at))  # (b, h, m, m)
+        core_pinv = invert(core(at)).to(at.key_landmarks.dtype)  # (b, h, m, m)
         h, g = query.shape[1], key.shape[1]
         # Grouped heads share their keys, so their landmarks go in as extra queries: keys are never repeated.
         by_group = at.query_landmarks.unflatten(1, (g, h // g)).flatten(2, 3)  # (b, g, h/g m, d)
-        right_value = _few_queries(by_group, at.key, value, _never_empty(at.key_mask), at.scale)
+        key_mask = None if at.key_mask is None else at.key_mask[:, None]
+        right_value = _attend(by_group, at.key, value, key_mask, at.scale)  # landmarks read the tokens
         right_value = right_value.unflatten(2, (h // g, -1)).flatten(1, 2)  # (b, h, m, v)
         landmark_value = core_pinv @ right_value
-        return _few_keys(at.query, at.key_landmarks, landmark_value, _never_empty(at.key_exists), at.scale, dropout_p)
+        out = _attend(at.query, at.key_landmarks, landmark_value, at.key_exists, at.scale, dropout_p)  # and tokens them
+        return out.to(query.dtype)
 
 
 class Summary(NamedTuple):
@@ -166,7 +167,7 @@ def summarise(
     elif n == s:
         query_mask = key_mask
     query, query_landmarks, query_exists = _landmarks(query, landmarks, num_landmarks, query_mask)
-    if key_mask is not None:  # where there is no key, ask nothing of the padding that `_never_empty` shows
+    if key_mask is not None:  # where there is no key, ask nothing of the padding, which `_attend` then shows
         query_landmarks = query_landmarks.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
     key, key_landmarks, key_exists = _landmarks(key, landmarks, num_landmarks, key_mask)
     key_landmarks = key_landmarks.repeat_interleave(h // g, dim=1)
@@ -236,46 +237,21 @@ def _landmarks(
     else:
         means, counts = make(tokens, num_landmarks, mask)
         check_landmarks(means, counts, tokens)
+        means = means.to(torch.promote_types(means.dtype, torch.float32))
     return tokens, means, (counts if counts.ndim == 3 else counts[:, None]) > 0
 
 
-def _few_queries(
-    query: Float[Tensor, "b h m d"],
-    key: Float[Tensor, "b h s d"],
-    value: Float[Tensor, "b h s v"],
-    key_mask: Bool[Tensor, "b s"] | None,
-    scale: float,
-) -> Float[Tensor, "b h m v"]:
-    """Landmarks read the tokens: exact attention, in the landmarks' dtype."""
-    if _cpu.usable(key):
-        return _cpu.few_queries(query, key, value, key_mask, scale)
-    return _sdpa(query, key, value, None if key_mask is None else key_mask[:, None], scale, 0.0)
-
-
-def _few_keys(
-    query: Float[Tensor, "b h n d"],
-    key: Float[Tensor, "b h m d"],
-    value: Float[Tensor, "b h m v"],
-    key_exists: Bool[Tensor, "b h2 m"] | None,
-    scale: float,
-    dropout_p: float,
-) -> Float[Tensor, "b h n v"]:
-    """Tokens read the landmarks: exact attention, in the landmarks' dtype, its result in the tokens'."""
-    if _cpu.usable(query) and dropout_p == 0.0:
-        return _cpu.few_keys(query, key, value, key_exists, scale)
-    return _sdpa(query, key, value, key_exists, scale, dropout_p).to(query.dtype)
-
-
-def _sdpa(
+def _attend(
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b h s d"],
     value: Float[Tensor, "b h s v"],
     key_mask: Bool[Tensor, "b h2 s"] | None,
     scale: float,
-    dropout_p: float,
+    dropout_p: float = 0.0,
 ) -> Float[Tensor, "b h n v"]:
-    """torch's kernel in the widest of the dtypes, widths made equal as it asks: zero columns change no logit."""
-    mask = None if key_mask is None else key_mask[:, :, None, :]
+    """Exact attention in the widest of the dtypes, widths made equal as torch's kernels ask: zeros change no logit."""
+    if key_mask is not None:  # without a key see everything: the core inverse is zero, so the output is, without NaN
+        key_mask = (key_mask | ~key_mask.any(-1, keepdim=True))[:, :, None, :]
     d, v = query.shape[-1], value.shape[-1]
     if v > d:
         query, key = F.pad(query, (0, v - d)), F.pad(key, (0, v - d))
@@ -283,9 +259,4 @@ def _sdpa(
         value = F.pad(value, (0, d - v))
     wide = torch.promote_types(query.dtype, key.dtype)
     query, key, value = (x.to(wide) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)[..., :v]
-
-
-def _never_empty(mask: Bool[Tensor, "*batch s"] | None) -> Bool[Tensor, "*batch s"] | None:
-    """Let an entirely masked sample see everything: its core inverse is zero, so its output is, without a NaN."""
-    return None if mask is None else mask | ~mask.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_p, scale=scale)[..., :v]

@@ -15,7 +15,6 @@ How much of 1/σ each keeps at x = σ² / (‖A‖₁ ‖A‖∞):
 # pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nystrom import _cpu
+from nystrom._precision import full_precision
 
 Inverse = Callable[[Tensor], Tensor]
 """Matrices (..., p, q) to their inverses (..., q, p), in the same dtype."""
@@ -117,9 +117,11 @@ def ridge_pinv(matrix: Float[Tensor, "*batch p q"], ridge: float = 1e-3) -> Floa
     Args:
         matrix: any real matrices, rectangular and rank-deficient included; a zero matrix gives zero.
         ridge: λ, in units of a squared singular value (the core's rows sum to one, so its largest is at least 1).
+            Below the rounding of AᵀA, about 1e-6 for a core in float32, it is lost in noise.
 
     Returns:
-        The inverses, in matrix's dtype; computed in float32 or wider, under autocast too.
+        The inverses, in matrix's dtype; computed in float32 or wider, under autocast too. NaN for a matrix that holds
+        NaN or infinity, or for whose rounding λ is too small.
 
     Raises:
         ValueError: ridge <= 0; matrix is not floating-point.
@@ -144,7 +146,8 @@ def svd_pinv(matrix: Float[Tensor, "*batch p q"], rtol: float = 1e-2) -> Float[T
     singular value crosses the cut, and finite where singular values coincide.
 
     Args:
-        matrix: any real matrices, rectangular and rank-deficient included; a zero matrix gives zero.
+        matrix: any real matrices, rectangular and rank-deficient included; a zero matrix gives zero, and one that
+            holds NaN or infinity gives NaN.
         rtol: singular values up to this share of the largest are dropped; torch.linalg.pinv drops only rounding errors.
 
     Returns:
@@ -165,8 +168,10 @@ def svd_pinv(matrix: Float[Tensor, "*batch p q"], rtol: float = 1e-2) -> Float[T
     with full_precision(matrix.device):
         a = _widen(matrix)
         p, q = a.shape[-2:]
+        finite = a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         square = torch.nn.functional.pad(a, (0, max(p - q, 0), 0, max(q - p, 0)))  # zeros stay zeros in the inverse
-        return _TruncatedInverse.apply(square, rtol)[0][..., :q, :p].to(matrix.dtype)
+        pinv = _TruncatedInverse.apply(square.masked_fill(~finite, 0.0), rtol)[0][..., :q, :p]
+        return pinv.masked_fill(~finite, torch.nan).to(matrix.dtype)
 
 
 class _Ridge(Function):
@@ -176,20 +181,29 @@ class _Ridge(Function):
 
     @staticmethod
     def forward(a: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        factor = torch.linalg.cholesky(a.mT @ a + ridge * eye)
+        factor = _ridge_factor(a, ridge)
         return torch.cholesky_solve(a.mT, factor), factor
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0], *output)
+        a, ctx.ridge = inputs
+        ctx.save_for_backward(a, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
         a, pinv, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: the factor depends on a
+            factor = _ridge_factor(a, ctx.ridge)
         with full_precision(grad.device):  # a backward pass may run inside autocast
             return torch.cholesky_solve(grad - grad @ a @ pinv, factor).mT - pinv.mT @ grad @ pinv.mT, None
+
+
+def _ridge_factor(a: Float[Tensor, "*batch p q"], ridge: float) -> Float[Tensor, "*batch q q"]:
+    """The Cholesky factor of AᵀA + λ I; NaN for a matrix that has none, which leaves its batch mates alone."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    factor, failed = torch.linalg.cholesky_ex(a.mT @ a + ridge * eye)
+    return factor.masked_fill((failed != 0)[..., None, None], torch.nan)
 
 
 class _TruncatedInverse(Function):
@@ -210,12 +224,14 @@ class _TruncatedInverse(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(inputs[0], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx, grad, *_):
-        u, sigma, vt, keep = ctx.saved_tensors
+        a, u, sigma, vt, keep = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: the factors depend on a
+            u, sigma, vt = torch.linalg.svd(a)
         kept = torch.where(keep, sigma, 1.0)
         both = keep[..., :, None] & keep[..., None, :]
         one = keep[..., :, None] ^ keep[..., None, :]
@@ -227,13 +243,6 @@ class _TruncatedInverse(Function):
         with full_precision(grad.device):  # a backward pass may run inside autocast
             inner = u.mT @ grad.mT @ vt.mT
             return u @ (alpha * inner + gamma * inner.mT) @ vt, None
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off: the inverse is ill-conditioned and must not run in half precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _check(matrix: Tensor, num_iters: int = 1) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nystrom import _cpu
+from nystrom._precision import full_precision
 from nystrom._validate import check_token_mask
 
 Landmarks = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
@@ -94,7 +95,7 @@ def kmeans(
     """Means of clusters found by a few Lloyd steps from the segment means, each head's own.
 
     A cluster that loses all its tokens is left empty. Cost O(b h n m d) a step, a few times that of the attention;
-    memory O(b h n), block by block. The assignment is not differentiated, the means are.
+    memory O(b h n) beside a block of scores. The assignment is not differentiated, the means are.
 
     Args:
         tokens: queries or keys, one set per head.
@@ -252,10 +253,13 @@ def _bin_means(
 
 
 def _nearest(
-    tokens: Float[Tensor, "b h n d"], means: Float[Tensor, "b h m d"], exists: Bool[Tensor, "b h m"], block: int = 4096
+    tokens: Float[Tensor, "b h n d"], means: Float[Tensor, "b h m d"], exists: Bool[Tensor, "b h m"]
 ) -> Int[Tensor, "b h n"]:
     """The nearest existing mean of each token, by blocks of tokens so that no n x m array is made."""
+    b, h, m, _ = means.shape
+    length = max(1, _cpu.BLOCK // max(1, b * h * m))
+    blocks = [tokens] if torch.compiler.is_exporting() else tokens.split(length, dim=2)  # no loop over an open length
     # argmin of |x - c|^2 = argmax of x.c - |c|^2 / 2
     bias = torch.where(exists, -0.5 * means.square().sum(-1), -torch.inf)[:, :, None]  # (b, h, 1, m)
-    blocks = [tokens] if torch.compiler.is_exporting() else tokens.split(block, dim=2)  # no loop over an open length
-    return torch.cat([(part.to(means.dtype) @ means.mT + bias).argmax(-1) for part in blocks], dim=2)
+    with full_precision(tokens.device):
+        return torch.cat([(part.to(means.dtype) @ means.mT + bias).argmax(-1) for part in blocks], dim=2)

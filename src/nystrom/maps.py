@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nystrom._validate import check_attention_inputs, check_options
+from nystrom._precision import full_precision
+from nystrom._validate import check_attention_inputs, check_options, known_false
 from nystrom.functional import Summary, core, inverse_of, summarise
-from nystrom.inverses import Inverse, InverseName, full_precision
+from nystrom.inverses import Inverse, InverseName
 from nystrom.landmarks import Landmarks, LandmarksName
 
 
@@ -163,6 +164,6 @@ def _check_indices(indices: Tensor, b: int, n: int) -> Int[Tensor, "b r"]:
     if indices.ndim == 2 and indices.shape[0] != b:
         raise ValueError(f"indices (b, r) must have one row per sample: got {indices.shape[0]} rows for batch {b}")
     outside = (indices < 0) | (indices >= n)
-    if indices.device.type != "meta" and outside.any():
+    if known_false(~outside.any(), f"indices must be in [0, {n})"):
         raise ValueError(f"indices must be in [0, {n}): got {indices[outside][0].item()}")
     return indices.long().expand(b, indices.shape[-1])

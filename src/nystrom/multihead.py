@@ -6,10 +6,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from nystrom._precision import full_precision
 from nystrom._validate import check_options
 from nystrom._validate import key_padding_mask as as_key_mask
 from nystrom.functional import nystrom_attention
-from nystrom.inverses import full_precision
 from nystrom.maps import attention_factors
 
 Masks = tuple[Bool[Tensor, "b s"] | None, Bool[Tensor, "b n"] | None]  # of keys, of queries; True = takes part

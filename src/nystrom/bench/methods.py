@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nystrom.functional import iterative_pinv, nystrom_attention, segment_means
+from nystrom.functional import nystrom_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query, key, value, all (b, h, n, d), to the output (b, h, n, d)."""
@@ -40,9 +40,10 @@ def methods(h: int, n: int, d: int, num_landmarks: int) -> dict[str, Attend]:
     forms: dict[str, Attend] = {
         "nystrom": lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=num_landmarks, num_pinv_iters=PINV_ITERS),
         "exact": F.scaled_dot_product_attention,
-        "three_factor": lambda q, k, v: three_factor(q, k, v, num_landmarks),
     }
     whole_segments = n % num_landmarks == 0
+    if whole_segments:
+        forms["three_factor"] = lambda q, k, v: three_factor(q, k, v, num_landmarks)
     if find_spec("transformers") and whole_segments and n > num_landmarks:  # at n = m it runs exact attention
         forms["hf"] = hugging_face(h, n, d, num_landmarks)
     if find_spec("nystrom_attention") and whole_segments:  # else it lets zero padding into landmarks and keys
@@ -53,14 +54,21 @@ def methods(h: int, n: int, d: int, num_landmarks: int) -> dict[str, Attend]:
 def three_factor(
     query: Float[Tensor, "b h n d"], key: Float[Tensor, "b h n d"], value: Float[Tensor, "b h n d"], num_landmarks: int
 ) -> Float[Tensor, "b h n d"]:
-    """Nyström attention as the formula is written, (F A⁺) (B V): it stores both n x m factors."""
+    """Nyström attention as the formula is written, (F A⁺) (B V), in plain torch: it stores both n x m factors.
+
+    m must divide n.
+    """
     query = query * query.shape[-1] ** -0.5
-    query_landmarks, _ = segment_means(query, num_landmarks)
-    key_landmarks, _ = segment_means(key, num_landmarks)
+    query_landmarks, key_landmarks = (x.unflatten(2, (num_landmarks, -1)).mean(3) for x in (query, key))
     left = (query @ key_landmarks.mT).softmax(-1)
     core = (query_landmarks @ key_landmarks.mT).softmax(-1)
     right = (query_landmarks @ key.mT).softmax(-1)
-    return (left @ iterative_pinv(core, PINV_ITERS)) @ (right @ value)
+    eye = torch.eye(num_landmarks, dtype=core.dtype)
+    pinv = core.mT / core.sum(-2).amax(-1)[..., None, None]  # rows sum to one
+    for _ in range(PINV_ITERS):
+        product = core @ pinv
+        pinv = 0.25 * pinv @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product)))
+    return (left @ pinv) @ (right @ value)
 
 
 def hugging_face(h: int, n: int, d: int, num_landmarks: int) -> Attend:

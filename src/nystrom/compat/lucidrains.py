@@ -3,9 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nystrom._precision import full_precision
 from nystrom._validate import check_token_mask
 from nystrom.functional import nystrom_attention
-from nystrom.inverses import full_precision
 from nystrom.maps import attention_factors
 
 EPS = 1e-8  # the original's default
