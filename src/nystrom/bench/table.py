@@ -1,6 +1,6 @@
 """Kept measurements as Markdown: the tables in docs/results.md.
 
-nystrom bench table --lines docs/results/speed.jsonl
+nystrom bench table --lines docs/results/peers.jsonl
 """
 
 import json
