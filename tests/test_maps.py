@@ -72,6 +72,7 @@ def test_a_sample_without_keys_has_zero_rows():
     mask = torch.ones(2, 77, dtype=torch.bool)
     mask[1] = False
     rows = attention_rows(query, key, torch.arange(35), mask, **options)
+    assert (attention_factors(query, key, mask, **options).right[1] == 0).all()
     assert (rows[1] == 0).all() and rows[0].isfinite().all() and (rows[0] != 0).any()
 
 
