@@ -150,7 +150,7 @@ def test_halves_and_autocast_run_in_float32(pinv):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 4)])
-def test_block_and_plain_iteration_agree(shape, monkeypatch):
+def test_cpu_and_plain_iteration_agree(shape, monkeypatch):
     matrix = torch.rand(shape, dtype=F64, requires_grad=True)
     results = []
     for usable in (_cpu.usable, lambda *tensors: False):

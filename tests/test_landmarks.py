@@ -25,11 +25,11 @@ def tokens_and_mask(n: int = 35) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, n, 5, dtype=F64), mask
 
 
-@pytest.fixture(params=["blocks", "small blocks", "plain"])
+@pytest.fixture(params=["cpu", "cpu, small blocks", "plain"])
 def kernel(request, monkeypatch) -> None:
     if request.param == "plain":
         monkeypatch.setattr(_cpu, "usable", lambda *tensors: False)
-    elif request.param == "small blocks":
+    elif request.param == "cpu, small blocks":
         monkeypatch.setattr(_cpu, "BLOCK", 50)
 
 

@@ -34,7 +34,7 @@ WIDTH, HEADS, LANDMARKS_PER_HEAD, LENGTH = 16, 4, 8, 64
 SIZES = dict(vocab_size=31, embed_dim=WIDTH, num_layers=2, num_heads=HEADS, ffn_dim=20)
 
 
-@pytest.fixture(autouse=True, params=["blocks", "plain"])
+@pytest.fixture(autouse=True, params=["cpu", "plain"])
 def _implementation(request, monkeypatch) -> None:
     """Everything twice: the code for eager CPU tensors, and that for everything else."""
     if request.param == "plain":

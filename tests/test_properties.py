@@ -78,7 +78,7 @@ class Case:
     landmarks: str
     pinv: str
     plain: bool
-    """Run the plain torch code in place of the blocks for eager CPU tensors."""
+    """Run what other devices, compilers and transforms run, in place of the code for eager CPU tensors."""
     block: int
     seed: int
 
