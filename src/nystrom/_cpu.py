@@ -71,7 +71,7 @@ class _SegmentSums(Function):
         ctx.save_for_backward(bins)
         ctx.m = m
         if bins is None:
-            return tokens, torch.cat([part.sum(3, dtype=dtype) for part in _segments(tokens, m)], dim=2)
+            return tokens, torch.cat([part.sum(3, dtype=dtype) for part in segments(tokens, m)], dim=2)
         sums = tokens.new_zeros(b, m + 1, h, d, dtype=dtype)
         for i in range(b):
             for part in _slices(n, h * d):
@@ -85,7 +85,7 @@ class _SegmentSums(Function):
         (bins,) = ctx.saved_tensors
         if bins is None:
             done = 0
-            for part in _segments(grad, ctx.m):
+            for part in segments(grad, ctx.m):
                 part += grad_sums[:, :, done : done + part.shape[2], None]
                 done += part.shape[2]
             return grad, None, None
@@ -140,10 +140,10 @@ def _slices(n: int, row: int) -> list[slice]:
     return [slice(start, min(n, start + length)) for start in range(0, n, length)]
 
 
-def _segments(tokens: Tensor, m: int) -> list[Tensor]:
+def segments(tokens: Tensor, m: int) -> list[Tensor]:
     """Views (b, h, segments, length, d) of the short segments and of the long ones, if any."""
     n = tokens.shape[2]
-    length, num_long = n // m, n % m
+    length, num_long = n // m, n % m  # not divmod, which torch.compile cannot trace
     num_short = m - num_long
     short, long = tokens.split([num_short * length, num_long * (length + 1)], dim=2)
     parts = [short.unflatten(2, (num_short, length))]

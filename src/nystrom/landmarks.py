@@ -191,19 +191,14 @@ def segment_means_sharing(
     b, _, n, _ = tokens.shape
     if mask is not None:
         return _bin_means(tokens, segment_of_token(mask, m), m)
-    length, num_long = n // m, n % m  # not divmod, which torch.compile cannot trace
-    num_short = m - num_long
-    counts = torch.full((m,), length, device=tokens.device)
-    counts[num_short:] += 1
+    counts = torch.full((m,), n // m, device=tokens.device)
+    counts[m - n % m :] += 1
     if _cpu.usable(tokens):
         tokens, sums = _cpu.segment_sums(tokens, None, m)
         return tokens, sums / counts[:, None], counts.expand(b, m)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
-    short, long = tokens.split([num_short * length, num_long * (length + 1)], dim=2)
-    parts = [short.unflatten(2, (num_short, length)).mean(3, dtype=dtype)]
-    if num_long:
-        parts.append(long.unflatten(2, (num_long, length + 1)).mean(3, dtype=dtype))
-    return tokens, torch.cat(parts, dim=2), counts.expand(b, m)
+    means = [part.mean(3, dtype=dtype) for part in _cpu.segments(tokens, m)]
+    return tokens, torch.cat(means, dim=2), counts.expand(b, m)
 
 
 def segment_of_token(mask: Bool[Tensor, "b n"], m: int) -> Int[Tensor, "b n"]:
