@@ -123,15 +123,7 @@ def nystrom_attention(
     with full_precision(query.device):
         at = summarise(query, key, attn_mask, query_mask, scale, num_landmarks, landmarks)
         core_pinv = invert(core(at)).to(at.key_landmarks.dtype)  # (b, h, m, m)
-        h, g = query.shape[1], key.shape[1]
-        # Grouped heads share their keys, so their landmarks go in as extra queries: keys are never repeated.
-        by_group = at.query_landmarks.unflatten(1, (g, h // g)).flatten(2, 3)  # (b, g, h/g m, d)
-        key_mask = None if at.key_mask is None else at.key_mask[:, None]
-        right_value = _attend(by_group, at.key, value, key_mask, at.scale)  # landmarks read the tokens
-        right_value = right_value.unflatten(2, (h // g, -1)).flatten(1, 2)  # (b, h, m, v)
-        landmark_value = core_pinv @ right_value
-        out = _attend(at.query, at.key_landmarks, landmark_value, at.key_exists, at.scale, dropout_p)  # and tokens them
-        return out.to(query.dtype)
+        return through_landmarks(at, core_pinv, value, dropout_p).to(query.dtype)
 
 
 class Summary(NamedTuple):
@@ -188,6 +180,20 @@ def core(at: Summary) -> Float[Tensor, "b h m p"]:
         if exists is not None:
             weights = weights.masked_fill(~exists.unsqueeze(axis), 0.0)
     return weights
+
+
+def through_landmarks(
+    at: Summary, core_pinv: Float[Tensor, "b h p m"], value: Float[Tensor, "b g s v"], dropout_p: float
+) -> Float[Tensor, "b h n v"]:
+    """``F (A⁺ (B V))`` (eq 13)."""
+    h, g = at.query.shape[1], at.key.shape[1]
+    # Grouped heads share their keys, so their landmarks go in as extra queries: keys are never repeated.
+    by_group = at.query_landmarks.unflatten(1, (g, h // g)).flatten(2, 3)  # (b, g, h/g m, d)
+    key_mask = None if at.key_mask is None else at.key_mask[:, None]
+    right_value = _attend(by_group, at.key, value, key_mask, at.scale)  # landmarks read the tokens
+    right_value = right_value.unflatten(2, (h // g, -1)).flatten(1, 2)  # (b, h, m, v)
+    landmark_value = core_pinv @ right_value
+    return _attend(at.query, at.key_landmarks, landmark_value, at.key_exists, at.scale, dropout_p)  # and tokens them
 
 
 def inverse_of(pinv: InverseName | Inverse, num_pinv_iters: int | None) -> Inverse:
@@ -260,3 +266,18 @@ def _attend(
     wide = torch.promote_types(query.dtype, key.dtype)
     query, key, value = (x.to(wide) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, key_mask, dropout_p, scale=scale)[..., :v]
+
+
+def weights(
+    query: Float[Tensor, "*batch n d"],
+    key: Float[Tensor, "*batch s d"],
+    mask: Bool[Tensor, "*batch2 s"] | None,
+    scale: float,
+) -> Float[Tensor, "*batch n s"]:
+    """Softmax weights in the wider dtype; a masked key's are zero, all of them where nothing else is there."""
+    wide = torch.promote_types(query.dtype, torch.promote_types(key.dtype, torch.float32))
+    logits = scale * query.to(wide) @ key.to(wide).mT
+    if mask is None:
+        return logits.softmax(-1)
+    hidden = ~mask[..., None, :]
+    return logits.masked_fill(hidden, torch.finfo(wide).min).softmax(-1).masked_fill(hidden, 0.0)

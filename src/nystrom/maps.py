@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nystrom._precision import full_precision
 from nystrom._validate import check_attention_inputs, check_options, known_false
-from nystrom.functional import Summary, core, inverse_of, summarise
+from nystrom.functional import Summary, core, inverse_of, summarise, weights
 from nystrom.inverses import Inverse, InverseName
 from nystrom.landmarks import Landmarks, LandmarksName
 
@@ -77,8 +77,8 @@ def attention_factors(
         at = summarise(query, key, attn_mask, query_mask, scale, num_landmarks, landmarks)
         repeated_key = at.key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         key_mask = None if at.key_mask is None else at.key_mask[:, None]
-        left = _weights(at.query, at.key_landmarks, at.key_exists, at.scale)
-        return Factors(left, invert(core(at)), _weights(at.query_landmarks, repeated_key, key_mask, at.scale))
+        left = weights(at.query, at.key_landmarks, at.key_exists, at.scale)
+        return Factors(left, invert(core(at)), weights(at.query_landmarks, repeated_key, key_mask, at.scale))
 
 
 def attention_rows(
@@ -132,27 +132,12 @@ def attention_rows(
     with full_precision(query.device):
         at = summarise(query, key, attn_mask, query_mask, scale, num_landmarks, landmarks)
         chosen = at.query.gather(2, index[:, None, :, None].expand(-1, h, -1, query.shape[3]))
-        reads = _weights(chosen, at.key_landmarks, at.key_exists, at.scale) @ invert(core(at))  # (b, h, r, m)
+        reads = weights(chosen, at.key_landmarks, at.key_exists, at.scale) @ invert(core(at))  # (b, h, r, m)
         return torch.stack([reads[:, i] @ _right_of_head(at, i, i // (h // g)) for i in range(h)], dim=1)
 
 
 def _right_of_head(at: Summary, head: int, group: int) -> Float[Tensor, "b m s"]:
-    return _weights(at.query_landmarks[:, head], at.key[:, group], at.key_mask, at.scale)
-
-
-def _weights(
-    query: Float[Tensor, "*batch n d"],
-    key: Float[Tensor, "*batch s d"],
-    mask: Bool[Tensor, "*batch2 s"] | None,
-    scale: float,
-) -> Float[Tensor, "*batch n s"]:
-    """Softmax weights in the wider dtype; a masked key's are zero, all of them where nothing else is there."""
-    wide = torch.promote_types(query.dtype, torch.promote_types(key.dtype, torch.float32))
-    logits = scale * query.to(wide) @ key.to(wide).mT
-    if mask is None:
-        return logits.softmax(-1)
-    hidden = ~mask[..., None, :]
-    return logits.masked_fill(hidden, torch.finfo(wide).min).softmax(-1).masked_fill(hidden, 0.0)
+    return weights(at.query_landmarks[:, head], at.key[:, group], at.key_mask, at.scale)
 
 
 def _check_indices(indices: Tensor, b: int, n: int) -> Int[Tensor, "b r"]:
