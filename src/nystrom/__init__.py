@@ -17,6 +17,9 @@ from nystrom.landmarks import strided as strided
 from nystrom.maps import attention_factors as attention_factors
 from nystrom.maps import attention_rows as attention_rows
 from nystrom.multihead import MultiheadAttention as MultiheadAttention
+from nystrom.residual import residual_nystrom_attention as residual_nystrom_attention
+from nystrom.spectral import additive_shift_attention as additive_shift_attention
+from nystrom.spectral import spectral_shift_attention as spectral_shift_attention
 
 __version__ = "0.1.0"
 
@@ -27,6 +30,7 @@ __all__ = [
     "MultiheadAttention",
     "NystromAttention",
     "SequenceClassifier",
+    "additive_shift_attention",
     "attention_factors",
     "attention_rows",
     "chebyshev_pinv",
@@ -34,8 +38,10 @@ __all__ = [
     "iterative_pinv",
     "kmeans",
     "nystrom_attention",
+    "residual_nystrom_attention",
     "ridge_pinv",
     "segment_means",
+    "spectral_shift_attention",
     "strided",
     "svd_pinv",
 ]

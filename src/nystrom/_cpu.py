@@ -21,9 +21,15 @@ BLOCK = 2**20  # numbers to copy at a time: 4 MiB in float32, which stay in cach
 
 def usable(*tensors: Tensor) -> bool:
     """Whether all are plain eager CPU tensors, neither empty nor being traced or transformed."""
+    return eager() and all(
+        x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and x.numel() > 0 for x in tensors
+    )
+
+
+def eager() -> bool:
+    """Whether code runs now, on real numbers: neither compiled, traced nor transformed by `torch.func`."""
     return (
-        all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and x.numel() > 0 for x in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
     )
