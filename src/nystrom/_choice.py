@@ -84,7 +84,8 @@ def choose(
     token = before[..., None] + torch.arange(window, device=q.device) - (window - block) // 2
     inside = (token >= 0) & (token < keys.total[..., None])
     own = keys.slot_of_token.gather(1, token.clamp(0, s - 1).flatten(1)).view(token.shape)
-    hidden = torch.zeros(b, blocks, slots, dtype=torch.bool, device=q.device).scatter(2, own, True)
+    hidden = torch.zeros(b, blocks, slots + 1, dtype=torch.bool, device=q.device)  # the last: of tokens outside
+    hidden = hidden.scatter(2, torch.where(inside, own, slots), True)
 
     x = (q.flatten(1, 2) @ keys.axes).unflatten(1, (blocks, block))
     probes = torch.stack([part.mean(2) for part in x.split(PROBE, dim=2)], 2)  # (b, blocks, probes, r)

@@ -143,7 +143,8 @@ def _close_up(
     """The groups' tokens one after the other, without the empty slots between them."""
     starts = torch.tensor(bounds, device=total.device) * total // num_leaves
     place = torch.arange(s, device=total.device).expand(len(total), s)
-    group = torch.searchsorted(starts[:, 1:].contiguous(), place.contiguous(), right=True)
+    ends = torch.zeros(len(total), s + 1, dtype=torch.long, device=total.device)
+    group = ends.scatter_add(1, starts[:, 1:], torch.ones_like(starts[:, 1:])).cumsum(1)[:, :s]
     group = group.clamp_max(len(bounds) - 2)  # places beyond the last real token are never read
     index = group * tokens.shape[-1] + (place - starts.gather(1, group)).clamp_max(tokens.shape[-1] - 1)
     return tokens.flatten(1).gather(1, index.expand(len(tokens), s))

@@ -219,7 +219,7 @@ def _attend(
     with torch.no_grad():
         tree = grow(k.detach(), options.num_landmarks, counts)
     if not _cpu.eager():
-        out = _heads(q, k, v, before, tree, options, r * blocks)
+        out = _read(q, before, lay_out(k, v, tree), options)
     else:
         at_once = CPU_BLOCKS
         if q.device.type != "cpu":
