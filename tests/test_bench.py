@@ -189,8 +189,9 @@ def test_runs_of_one_command_each_stay_apart():
     old = {"bench": "speed", "utc": "now", "backward": False, "method": "nystrom"}
     lines = [old | {"layout": layout, "n": n} for layout in ("heads_first", "tokens_first") for n in (1, 2)]
     assert tables(lines) == [lines[:2], lines[2:]]
-    error = [{"bench": "error", "utc": "now", "n": n} for n in (1, 1, 2)]
-    assert tables(error) == [error[:2], error[2:]]
+    for bench in ("synthetic", "error"):
+        errors = [{"bench": bench, "utc": "now", "n": n} for n in (1, 1, 2)]
+        assert tables(errors) == [errors[:2], errors[2:]]
 
 
 def test_plot_draws_the_last_run_and_always_the_same(peers, tmp_path):

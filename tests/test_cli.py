@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from nystrom.bench.error import Error
+from nystrom.bench.front import Front
 from nystrom.bench.memory import Memory
 from nystrom.bench.plot import Plot
 from nystrom.bench.speed import Speed
+from nystrom.bench.synthetic import Synthetic
 from nystrom.bench.table import Table
 from nystrom.checkpoint import load_masked_lm
 from nystrom.data.text import check_text, text_files
@@ -57,7 +59,7 @@ HELP = {
     ("pretrain",): ("--length INT", "Tokens in a block", "(default: 2048)", "--resume"),
     ("demo",): ("--steps INT", "Training steps (count)."),
     ("fill-mask",): ("--text STR", "Text with at least one mask", "(required)"),
-    ("bench",): ("speed", "memory", "error", "table", "plot", "One JSON line per measurement"),
+    ("bench",): ("speed", "memory", "error", "synthetic", "table", "plot", "front", "One JSON line per measurement"),
     ("bench", "speed"): ("--lengths [INT [INT ...]]", "--backward", "--peers", "The published comparison"),
 }
 
@@ -73,7 +75,7 @@ def test_help_is_worth_reading(command, phrases):
 
 def test_every_flag_is_explained():
     """Each field of a command's dataclass is followed by its docstring, which is its help text."""
-    commands = [Demo, Pretrain, FillMask, Speed, Memory, Error, Table, Plot]
+    commands = [Demo, Pretrain, FillMask, Speed, Memory, Error, Synthetic, Table, Plot, Front]
     for command in commands:
         (body,) = (
             node.body for node in ast.walk(ast.parse(inspect.getsource(command))) if isinstance(node, ast.ClassDef)
@@ -272,10 +274,10 @@ def test_bench_memory_sees_the_stored_factors(tmp_path):
     assert extra["nystrom"] < extra["three_factor"] / 4
 
 
-def test_bench_error_falls_with_landmarks(tmp_path):
+def test_bench_synthetic_falls_with_landmarks(tmp_path):
     out = tmp_path / "lines.jsonl"
     arguments = ("--lengths", "128", "--landmarks", "4", "128", "--pinv-iters", "6", "30", "--heads", "2")
-    done = nystrom("bench", "error", *arguments, "--out", out)
+    done = nystrom("bench", "synthetic", *arguments, "--out", out)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     steps = [line for line in lines if "what" not in line]
@@ -322,7 +324,7 @@ def test_demo_runs_in_small(tmp_path):
         (("bench", "speed", "--forms", "nystorm"), "--forms"),
         (("bench", "speed", "--lengths", "0"), "lengths must be at least 1: got (0,)"),
         (("bench", "memory", "--threads", "0"), "threads must be at least 1: got 0"),
-        (("bench", "error", "--smoothness", "2"), "smoothness must be in [0, 1): got 2.0"),
+        (("bench", "synthetic", "--smoothness", "2"), "smoothness must be in [0, 1): got 2.0"),
         (("bench", "table", "--lines", "empty.txt"), "empty.txt: holds no measurement"),
         (("demo", "--length", "64"), "length must be at least 256"),
         (("demo", "--out", "mine"), "mine/model: exists, and not from a demo"),
@@ -380,7 +382,7 @@ def test_a_damaged_model_is_named(trained, tmp_path):
 def test_bench_table_prints_kept_lines_and_names_a_bad_one(tmp_path):
     out = tmp_path / "lines.jsonl"
     arguments = ("--lengths", "64", "--landmarks", "4", "--pinv-iters", "6", "--heads", "2", "--no-kinds")
-    assert nystrom("bench", "error", *arguments, "--out", out).returncode == 0
+    assert nystrom("bench", "synthetic", *arguments, "--out", out).returncode == 0
     (line,) = map(json.loads, out.read_text().splitlines())
     done = nystrom("bench", "table", "--lines", out)
     assert done.returncode == 0, done.stderr

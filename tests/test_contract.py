@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import nystrom
+import nystrom.analysis
 import nystrom.attention
 import nystrom.functional
 import nystrom.inverses
 import nystrom.landmarks
 import nystrom.maps
+import nystrom.residual
+import nystrom.spectral
 from nystrom import environment
 from nystrom.bench.table import markdown, read
 
@@ -26,18 +29,25 @@ ORDER = [
     "_validate",
     "_precision",
     "_cpu",
+    "_tree",
+    "_choice",
     "landmarks",
     "inverses",
     "functional",
+    "spectral",
+    "residual",
     "maps",
+    "analysis",
     "attention",
     "multihead",
     "compat",
     "encoder",
     "environment",
     "checkpoint",
+    "models",
     "data",
     "bench",
+    "inspect",
     "recipes",
     "demo",
     "cli",
@@ -122,7 +132,17 @@ def test_typed_marker_is_shipped():
 
 @pytest.mark.unhooked
 @pytest.mark.parametrize(
-    "module", [nystrom.functional, nystrom.landmarks, nystrom.inverses, nystrom.maps, nystrom.attention]
+    "module",
+    [
+        nystrom.functional,
+        nystrom.spectral,
+        nystrom.residual,
+        nystrom.landmarks,
+        nystrom.inverses,
+        nystrom.maps,
+        nystrom.analysis,
+        nystrom.attention,
+    ],
 )
 def test_docstring_examples(module):
     outcome = doctest.testmod(module)
@@ -144,7 +164,7 @@ def test_readme_example_runs():
 def test_tables_in_the_docs_are_made_from_the_committed_lines():
     docs = PACKAGE.parents[1] / "docs"
     page = (docs / "results.md").read_text()
-    for name in ("peers", "memory", "error"):
+    for name in ("peers", "memory", "synthetic"):
         assert markdown(read(docs / "results" / f"{name}.jsonl")) in page, name
 
 

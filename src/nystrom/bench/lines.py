@@ -15,17 +15,20 @@ from nystrom.environment import describe
 Line = dict[str, Any]
 
 
-def stamp(bench: str, lines: Iterable[Line]) -> list[Line]:
-    """Each measurement with its bench, the time (UTC) and the environment."""
+def record(bench: str, lines: Iterable[Line], out: Path | None) -> list[Line]:
+    """Each measurement with its bench, the time the run began (UTC) and the environment.
+
+    Each is added to the JSON-lines file as soon as it is made, so that a run that is stopped leaves what it measured.
+    """
     about = {"bench": bench, "utc": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe()}
-    return [{**line, **about} for line in lines]
-
-
-def append(path: Path, lines: Iterable[Line]) -> None:
-    """Add the lines to a JSON-lines file, in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    stamped = []
+    for line in lines:
+        stamped.append({**line, **about})
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as file:
+                file.write(json.dumps(stamped[-1]) + "\n")
+    return stamped
 
 
 RUN = ("bench", "utc", "what", "layout")
@@ -33,10 +36,10 @@ RUN = ("bench", "utc", "what", "layout")
 
 
 def tables(lines: Iterable[Line]) -> list[list[Line]]:
-    """Cut lines into tables: forward and backward make two, except of encoders; so does each length of error."""
+    """Cut lines into tables: forward and backward make two, except of encoders; each length of errors makes one."""
 
     def table_of(line: Line) -> str:
-        keys = [*RUN, *(["n"] if line["bench"] == "error" else [])]
+        keys = [*RUN, *(["n"] if line["bench"] in ("synthetic", "error") else [])]
         return str([line.get(key) for key in keys + ([] if line.get("what") == "encoder" else ["backward"])])
 
     return [list(group) for _, group in groupby(lines, table_of)]
@@ -80,7 +83,7 @@ def show(*grids: Grid) -> None:
     """Print tables; wide enough to keep rows whole when the output is a file."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=140)
     for each in grids:
         table = Table(title=each.title, title_justify="left")
         for heading in each.headings:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nystrom.bench.lines import Grid, Line, append, grid, show, stamp
+from nystrom.bench.lines import Grid, Line, grid, record, show
 from nystrom.bench.methods import NAMES, Form, check_sizes, methods, random_inputs
 
 MIB = 2**20
@@ -49,9 +49,7 @@ def run(config: Memory) -> list[Line]:
     check_sizes(num_landmarks=config.num_landmarks)
     if not config.forms:
         raise ValueError(f"forms must name at least one: {', '.join(NAMES)}")
-    lines = stamp("memory", (line for n in config.lengths for line in measure_all(config, n)))
-    if config.out:
-        append(config.out, lines)
+    lines = record("memory", (line for n in config.lengths for line in measure_all(config, n)), config.out)
     show(summary(lines))
     return lines
 

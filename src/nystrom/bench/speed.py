@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nystrom.bench.encoders import CONV, VOCAB, encoders
-from nystrom.bench.lines import Grid, Line, append, grid, show, stamp, tables
+from nystrom.bench.lines import Grid, Line, grid, record, show, tables
 from nystrom.bench.methods import NAMES, PINV_ITERS, Attend, Form, check_sizes, methods, random_inputs
 from nystrom.bench.timing import Step, matmul_peaks, matmul_steps, nystrom_matmul_flops, take_turns, times_ours
 
@@ -62,9 +62,7 @@ class Speed:
 def run(config: Speed) -> list[Line]:
     """Measure, print a table per kind of measurement, and append the lines to config.out."""
     check(config)
-    lines = stamp("speed", measure_all(config))
-    if config.out:
-        append(config.out, lines)
+    lines = record("speed", measure_all(config), config.out)
     show(*(summary(table) for table in tables(lines)))
     return lines
 

@@ -7,10 +7,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nystrom.bench import error, memory, speed
+from nystrom.bench import error, memory, speed, synthetic
 from nystrom.bench.lines import Line, tables
 
-SUMMARY = {"speed": speed.summary, "memory": memory.summary, "error": error.summary}
+SUMMARY = {
+    "speed": speed.summary,
+    "memory": memory.summary,
+    "synthetic": synthetic.summary,
+    "error": error.summary,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
