@@ -33,7 +33,8 @@ def run(arguments: list[str]) -> None:
     from tyro.conf import OmitSubcommandPrefixes, subcommand
 
     from nystrom import demo
-    from nystrom.bench import error, memory, plot, speed, table
+    from nystrom.bench import error, front, memory, plot, speed, synthetic, table
+    from nystrom.inspect import command as inspection
     from nystrom.recipes import fill_mask, pretrain
 
     @dataclass(frozen=True)
@@ -44,14 +45,17 @@ def run(arguments: list[str]) -> None:
             Annotated[speed.Speed, subcommand("speed")]
             | Annotated[memory.Memory, subcommand("memory")]
             | Annotated[error.Error, subcommand("error")]
+            | Annotated[synthetic.Synthetic, subcommand("synthetic")]
             | Annotated[table.Table, subcommand("table")]
             | Annotated[plot.Plot, subcommand("plot")]
+            | Annotated[front.Front, subcommand("front")]
         ]
 
     command = tyro.cli(
         Annotated[demo.Demo, subcommand("demo")]  # pyright: ignore[reportArgumentType]
         | Annotated[pretrain.Pretrain, subcommand("pretrain")]
         | Annotated[fill_mask.FillMask, subcommand("fill-mask")]
+        | Annotated[inspection.Inspect, subcommand("inspect")]
         | Annotated[Bench, subcommand("bench")],
         prog=PROGRAM,
         description=ABOUT,
@@ -64,13 +68,19 @@ def run(arguments: list[str]) -> None:
             pretrain.run(command)
         case fill_mask.FillMask():
             fill_mask.run(command)
+        case inspection.Inspect():
+            inspection.run(command)
         case Bench(speed.Speed() as config):
             speed.run(config)
         case Bench(memory.Memory() as config):
             memory.run(config)
         case Bench(error.Error() as config):
             error.run(config)
+        case Bench(synthetic.Synthetic() as config):
+            synthetic.run(config)
         case Bench(table.Table() as config):
             table.run(config)
         case Bench(plot.Plot() as config):
             plot.run(config)
+        case Bench(front.Front() as config):
+            front.run(config)
