@@ -28,6 +28,7 @@ PACKAGE = Path(nystrom.__file__).parent
 ORDER = [
     "_validate",
     "_precision",
+    "_opaque",
     "_cpu",
     "_tree",
     "_choice",

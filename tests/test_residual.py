@@ -705,21 +705,69 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+def case(n: int, masked: bool) -> tuple[list[Tensor], Tensor | None]:
+    return [x.requires_grad_() for x in qkv(2, 2, n, 6)], torch.rand(2, n) < 0.7 if masked else None
+
+
 @pytest.mark.unhooked
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("masked", [False, True])
-def test_compiles_as_one_graph_for_each_length(masked):
-    """With dynamic=True it takes minutes: the shapes of the tree are long symbolic expressions."""
-    compiled = torch.compile(residual_nystrom_attention, fullgraph=True, dynamic=False, backend="aot_eager")
-    for n in (70, 91) if masked else (70,):
-        inputs = [x.requires_grad_() for x in qkv(2, 2, n, 6)]
-        mask = torch.rand(2, n) < 0.7 if masked else None
-        options = SMALL | dict(num_landmarks=12)  # cells of one key, padded or not
-        got, want = compiled(*inputs, mask, **options), residual_nystrom_attention(*inputs, mask, **options)
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+def test_compiles_once_for_every_length_to_the_same_bits(masked):
+    compiled = torch.compile(residual_nystrom_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
+    for n in (70, 91, 500):
+        inputs, mask = case(n, masked)
+        got, want = compiled(*inputs, mask, **SMALL), residual_nystrom_attention(*inputs, mask, **SMALL)
+        assert torch.equal(got, want)
         pairs = zip(grad(got.square().sum(), inputs), grad(want.square().sum(), inputs), strict=True)
-        for one, other in pairs:
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert counts["unique_graphs"] == before + 1
+
+
+@pytest.mark.unhooked
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_dropout_drops_the_same_weights_backward():
+    (query, key, value), _ = case(100, False)
+    compiled = torch.compile(residual_nystrom_attention, fullgraph=True, backend="aot_eager")
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return compiled(query, key, value, dropout_p=0.4, **SMALL)
+
+    out = run(1)
+    assert torch.equal(out, run(1))
+    assert not torch.allclose(out, run(2))
+    (slope,) = grad(out.sum(), value)
+    torch.testing.assert_close((slope * value).sum(), out.sum())  # linear in value
+
+
+@pytest.mark.unhooked
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_around_torch_func():
+    inputs = [x.detach()[None] for x in case(40, False)[0]]
+    compiled = torch.compile(torch.vmap(residual_nystrom_attention), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs)[0], residual_nystrom_attention(*(x[0] for x in inputs)))
+
+
+@pytest.mark.unhooked
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("masked", [False, True])
+def test_exports_with_open_batch_and_length(masked, tmp_path):
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, mask):
+            return residual_nystrom_attention(query, key, value, mask, **SMALL)
+
+    b, n = torch.export.Dim("b", min=1), torch.export.Dim("n", min=2)
+    tokens = {0: b, 2: n}
+    shapes = {"query": tokens, "key": tokens, "value": tokens, "mask": {0: b, 1: n} if masked else None}
+    inputs, mask = case(70, masked)
+    torch.export.save(torch.export.export(Attend(), (*inputs, mask), dynamic_shapes=shapes), tmp_path / "attend.pt2")
+    exported = torch.export.load(tmp_path / "attend.pt2").module()
+    for length in (70, 133):
+        inputs, mask = case(length, masked)
+        inputs, mask = [x[:1] for x in inputs], mask[:1] if mask is not None else None
+        assert torch.equal(exported(*inputs, mask), residual_nystrom_attention(*inputs, mask, **SMALL))
 
 
 X = torch.randn(2, 3, 35, 5)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nystrom import _cpu
 from nystrom._choice import LOW, Keys, choose, lay_out
+from nystrom._opaque import in_compile, opaque
 from nystrom._precision import full_precision
 from nystrom._tree import Tree, grow, rows
 from nystrom._validate import check_attention_inputs, check_options, check_token_mask, key_padding_mask
@@ -84,7 +85,7 @@ def residual_nystrom_attention(
 
     Returns:
         The attended values, in value's dtype; all arithmetic is in float32 or wider. A sample without a valid key
-        gives zeros. Outside `torch.compile` a sample's result is the same to the bit whatever its padding; inside, the
+        gives zeros. Outside `torch.func` a sample's result is the same to the bit whatever its padding; inside, the
         tree follows the padded length.
 
     Raises:
@@ -112,13 +113,8 @@ def residual_nystrom_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     with full_precision(query.device):
         q = (query.to(wide) * (d**-0.5 if scale is None else scale)).unflatten(1, (g, h // g))  # (b, g, h/g, n, d)
-        k, v = key.to(wide), value.to(wide)
-        if key_mask is None and query_mask is None:
-            out = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), options)
-        elif _cpu.eager() and b and query.device.type != "meta":
-            out = _sample_by_sample(q, k, v, query_mask, key_mask, options)
-        else:
-            out = _masked(q, k, v, query_mask, key_mask, options)
+        attend = _compiled if in_compile() else _samples
+        out = attend(q, key.to(wide), value.to(wide), query_mask, key_mask, list(options[:-1]), dropout_p)
         return out.view(b, h, n, value.shape[3]).to(query.dtype)
 
 
@@ -135,6 +131,27 @@ def _checked(options: Options, n: int, s: int) -> Options:
     if 0 < options.window < options.block:
         raise ValueError(f"window must be 0 or at least block: got {options.window} and {options.block}")
     return options
+
+
+def _samples(
+    q: Float[Tensor, "b g r n d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s v"],
+    query_mask: Bool[Tensor, "b n"] | None,
+    key_mask: Bool[Tensor, "b s"] | None,
+    sizes: list[int],
+    dropout_p: float,
+) -> Float[Tensor, "b g r n v"]:
+    """All samples; `sizes` are the options but for dropout, as an operator can take them."""
+    options = Options._make([*sizes, dropout_p])
+    if key_mask is None and query_mask is None:
+        return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), options).view(*q.shape[:4], v.shape[3])
+    if _cpu.eager() and len(q) and q.device.type != "meta":
+        return _sample_by_sample(q, k, v, query_mask, key_mask, options)
+    return _masked(q, k, v, query_mask, key_mask, options)
+
+
+_compiled = opaque("nystrom::residual_attention", _samples)
 
 
 def _sample_by_sample(
