@@ -170,11 +170,11 @@ def test_table_makes_three_of_one_run(peers):
     done = nystrom("table", "--lines", peers)
     assert done.returncode == 0, done.stderr
     forward, backward, encoder = done.stdout.split("\n\n**")
-    assert "ms per forward (times ours), 1 x 2 heads x 16, m = 16, float32, tokens_first, 1 threads" in forward
+    assert "ms per forward (times nystrom), 1 x 2 heads x 16, m = 16, float32, tokens_first, 1 threads" in forward
     heading = "| n | nystrom | exact (SDPA) | three factors | Hugging Face | lucidrains |"
     assert f"{heading} nystrom's share of matmul peak |\n" in forward and "% |\n" in forward
-    assert backward.startswith("ms per forward + backward (times ours), 1 x 2 heads") and f"{heading}\n" in backward
-    assert encoder.startswith("ms per pass through an encoder (times ours), 1 x 128 tokens, 1 layers x 32, 2 heads")
+    assert backward.startswith("ms per forward + backward (times nystrom), 1 x 2 heads") and f"{heading}\n" in backward
+    assert encoder.startswith("ms per pass through an encoder (times nystrom), 1 x 128 tokens, 1 layers x 32, 2 heads")
     assert "| encoder | forward | forward + backward |" in encoder
     rows = [line.split(" | ") for line in encoder.splitlines() if "x)" in line]
     assert [row[0] for row in rows] == ["| nystrom", "| exact (SDPA)", "| Hugging Face", "| lucidrains"]
@@ -240,7 +240,7 @@ def test_memory_measures_lucidrains(tmp_path):
         (("speed", *TINY.split(), "--peers", "--encoder-layers", "0"), "encoder_layers must be at least 1: got 0"),
         (
             ("speed", *TINY.split(), "--forms"),
-            "forms must name at least one: nystrom, exact, three_factor, hf, lucidrains",
+            "forms must name at least one: nystrom, shift, residual, exact, three_factor, hf, lucidrains",
         ),
         (("plot", "--lines", "{error}", "--out", "x.png"), "holds no time of attention; make some with: nystrom bench"),
         (("plot", "--lines", "nowhere.jsonl", "--out", "x.png"), "nowhere.jsonl"),

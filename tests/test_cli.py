@@ -255,11 +255,11 @@ def test_bench_speed_writes_its_lines(tmp_path):
     for extra in ((), ("--backward",)):
         done = nystrom("bench", "speed", *sizes, "--out", out, *extra)
         assert done.returncode == 0, done.stderr
-        assert "times ours" in done.stdout
+        assert "times nystrom" in done.stdout
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     at = {n: sorted(line["method"] for line in lines if line["n"] == n and not line["backward"]) for n in (128, 130)}
-    assert at[128] == ["exact", "hf", "nystrom", "three_factor"]
-    assert at[130] == ["exact", "nystrom"]  # the others need whole segments
+    assert at[128] == ["exact", "hf", "nystrom", "residual", "shift", "three_factor"]
+    assert at[130] == ["exact", "nystrom", "residual", "shift"]  # the others need whole segments
     assert all(line["ms"] > 0 and {"commit", "packages", "processor"} <= line["environment"].keys() for line in lines)
 
 

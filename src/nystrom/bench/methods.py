@@ -10,13 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nystrom.functional import nystrom_attention
+from nystrom.residual import residual_nystrom_attention
+from nystrom.spectral import spectral_shift_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query, key, value, all (b, h, n, d), to the output (b, h, n, d)."""
 
-Form = Literal["nystrom", "exact", "three_factor", "hf", "lucidrains"]
+Form = Literal["nystrom", "shift", "residual", "exact", "three_factor", "hf", "lucidrains"]
 NAMES: dict[str, str] = {
     "nystrom": "nystrom",
+    "shift": "spectral shift",
+    "residual": "residual",
     "exact": "exact (SDPA)",
     "three_factor": "three factors",
     "hf": "Hugging Face",
@@ -39,6 +43,10 @@ def methods(h: int, n: int, d: int, num_landmarks: int) -> dict[str, Attend]:
     """Every form that can run here, ours first; a peer where it is installed and computes what the paper says."""
     forms: dict[str, Attend] = {
         "nystrom": lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=num_landmarks, num_pinv_iters=PINV_ITERS),
+        "shift": lambda q, k, v: spectral_shift_attention(
+            q, k, v, num_landmarks=num_landmarks, num_pinv_iters=PINV_ITERS
+        ),
+        "residual": lambda q, k, v: residual_nystrom_attention(q, k, v, num_landmarks=num_landmarks),
         "exact": F.scaled_dot_product_attention,
     }
     whole_segments = n % num_landmarks == 0

@@ -22,6 +22,8 @@ from nystrom.bench.table import read
 
 STYLES: dict[str, tuple[str, str]] = {
     "nystrom": ("#0072b2", "o"),
+    "shift": ("#56b4e9", "P"),
+    "residual": ("#e69f00", "X"),
     "exact": ("#000000", "s"),
     "three_factor": ("#d55e00", "^"),
     "hf": ("#009e73", "D"),

@@ -19,13 +19,13 @@ from nystrom.bench.methods import NAMES, PINV_ITERS, Attend, Form, check_sizes, 
 from nystrom.bench.timing import Step, matmul_peaks, matmul_steps, nystrom_matmul_flops, take_turns, times_ours
 
 Layout = Literal["heads_first", "tokens_first"]
-PLAIN: tuple[Form, ...] = ("nystrom", "exact", "three_factor", "hf")
-PEERS: tuple[Form, ...] = (*PLAIN, "lucidrains")
+PLAIN: tuple[Form, ...] = ("nystrom", "shift", "residual", "exact", "three_factor", "hf")
+PEERS: tuple[Form, ...] = ("nystrom", "exact", "three_factor", "hf", "lucidrains")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Time attention: ours, exact, the plain three-factor form, and peers where they are installed."""
+    """Time attention: our forms, exact, the plain three-factor form, and peers where they are installed."""
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     """Sequence lengths (tokens)."""
@@ -42,7 +42,8 @@ class Speed:
     layout: Layout | None = None
     """Inputs in memory: (b, h, n, d), the default, or (b, n, h, d) as projections make them, which --peers takes."""
     forms: tuple[Form, ...] | None = None
-    """What to time, if installed and able to run at a length; default all but lucidrains, with --peers all."""
+    """What to time, if installed and able to run at a length; default all but lucidrains, with --peers what does the
+    same as nystrom, and exact."""
     rounds: int | None = None
     """Times that every form is measured, in turn (count); default 5, with --peers 3."""
     seconds: float = 0.2
@@ -205,18 +206,18 @@ def encoder_step(model: nn.Module, ids: Tensor, backward: bool) -> Step:
 
 
 def summary(lines: list[Line]) -> Grid:
-    """The lines of one table: milliseconds, and how many times ours."""
+    """The lines of one table: milliseconds, and how many times nystrom."""
     first = lines[0]
     about = f"m = {first['num_landmarks']}, {first['dtype']}"
     cell, threads = "{ms:.1f} ({times_nystrom:.1f}x)", f"{first['threads']} threads"
     if first.get("what") == "encoder":
         width = first["heads"] * first["head_dim"]
         shape = f"{first['batch']} x {first['n']} tokens, {first['layers']} layers x {width}, {first['heads']} heads"
-        title = f"ms per pass through an encoder (times ours), {shape}, {about}, {threads}"
+        title = f"ms per pass through an encoder (times nystrom), {shape}, {about}, {threads}"
         rows = [{**line, "encoder": NAMES[line["method"]], "method": direction(line)} for line in lines]
         return grid(title, rows, "encoder", {direction(line): direction(line) for line in lines}, cell)
     shape = f"{first['batch']} x {first['heads']} heads x {first['head_dim']}"
-    title = f"ms per {direction(first)} (times ours), {shape}, {about}, {first['layout']}, {threads}"
+    title = f"ms per {direction(first)} (times nystrom), {shape}, {about}, {first['layout']}, {threads}"
     table = grid(title, lines, "n", NAMES, cell)
     shares = {str(line["n"]): f"{line['matmul_share']:.0%}" for line in lines if "matmul_share" in line}
     if not shares:
