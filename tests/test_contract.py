@@ -46,6 +46,7 @@ ORDER = [
     "environment",
     "checkpoint",
     "models",
+    "hf",
     "data",
     "bench",
     "inspect",
