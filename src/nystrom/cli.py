@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     from tyro.conf import OmitSubcommandPrefixes, subcommand
 
     from nystrom import demo
-    from nystrom.bench import error, front, memory, plot, speed, synthetic, table
+    from nystrom.bench import error, front, memory, models, plot, sentences, speed, synthetic, table
     from nystrom.inspect import command as inspection
     from nystrom.recipes import fill_mask, pretrain
 
@@ -46,6 +46,9 @@ def run(arguments: list[str]) -> None:
             | Annotated[memory.Memory, subcommand("memory")]
             | Annotated[error.Error, subcommand("error")]
             | Annotated[synthetic.Synthetic, subcommand("synthetic")]
+            | Annotated[models.Models, subcommand("models")]
+            | Annotated[sentences.Sts, subcommand("sts")]
+            | Annotated[sentences.Retrieval, subcommand("retrieval")]
             | Annotated[table.Table, subcommand("table")]
             | Annotated[plot.Plot, subcommand("plot")]
             | Annotated[front.Front, subcommand("front")]
@@ -78,6 +81,12 @@ def run(arguments: list[str]) -> None:
             error.run(config)
         case Bench(synthetic.Synthetic() as config):
             synthetic.run(config)
+        case Bench(models.Models() as config):
+            models.run(config)
+        case Bench(sentences.Sts() as config):
+            sentences.run_sts(config)
+        case Bench(sentences.Retrieval() as config):
+            sentences.run_retrieval(config)
         case Bench(table.Table() as config):
             table.run(config)
         case Bench(plot.Plot() as config):

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nystrom.bench import error, memory, speed, synthetic
+from nystrom.bench import error, memory, models, sentences, speed, synthetic
 from nystrom.bench.lines import Line, tables
 
 SUMMARY = {
@@ -15,6 +15,9 @@ SUMMARY = {
     "memory": memory.summary,
     "synthetic": synthetic.summary,
     "error": error.summary,
+    "models": models.summary,
+    "sts": sentences.summary_of_sts,
+    "retrieval": sentences.summary_of_retrieval,
 }
 
 
