@@ -97,7 +97,7 @@ def test_every_weight_gets_a_gradient():
         (dict(num_landmarks=0), "num_landmarks must be an integer of at least 1: got 0"),
         (dict(dropout=1.0), r"dropout_p must be in \[0, 1\): got 1.0"),
         (dict(conv_kernel_size=4), "conv_kernel_size must be odd, .* got 4"),
-        (dict(kind="linear"), "kind must be 'nystrom' or 'softmax': got 'linear'"),
+        (dict(kind="linear"), "kind must be 'nystrom', 'softmax', 'shift' or 'residual': got 'linear'"),
     ],
 )
 def test_refuses_with_the_values(changes, message):

@@ -1,7 +1,7 @@
 """Checks at the public boundary: every rule about shapes, dtypes and masks, stated once, before any compute."""
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 MASKED_BELOW = -1e4  # an additive mask value this low is "masked": its weight underflows in every dtype
@@ -108,6 +108,20 @@ def check_token_mask(name: str, mask: Tensor, b: int, n: int) -> None:
             f"{name} must be bool of shape (b, n) = ({b}, {n}), True = takes part: "
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
+
+
+def check_indices(indices: Tensor, b: int, n: int) -> Int[Tensor, "b r"]:
+    """indices as (b, r), counted; ValueError unless they are positions of queries."""
+    if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim not in (1, 2):
+        raise ValueError(
+            f"indices must be integers of shape (r,) or (b, r): got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if indices.ndim == 2 and indices.shape[0] != b:
+        raise ValueError(f"indices (b, r) must have one row per sample: got {indices.shape[0]} rows for batch {b}")
+    outside = (indices < 0) | (indices >= n)
+    if known_false(~outside.any(), f"indices must be in [0, {n})"):
+        raise ValueError(f"indices must be in [0, {n}): got {indices[outside][0].item()}")
+    return indices.long().expand(b, indices.shape[-1])
 
 
 def known_false(condition: Tensor, rule: str) -> bool:

@@ -4,7 +4,7 @@ token ids -> Embeddings -> Block x num_layers -> MaskedLM or SequenceClassifier
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from nystrom._validate import key_padding_mask
 from nystrom.attention import Kind, NystromAttention
+
+Activation = Literal["gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,23 @@ class EncoderConfig:
     norm_first: bool = True
     """Pre-norm, with a last norm after the blocks; False: post-norm, with a norm after the embeddings, as in BERT."""
     kind: Kind = "nystrom"
-    """Attention: "nystrom" (linear cost) or "softmax" (exact)."""
+    """Attention: "nystrom", "shift" or "residual" (linear cost), or "softmax" (exact)."""
     num_landmarks: int = 64
     """m, landmarks per head (count)."""
     num_pinv_iters: int = 6
-    """Steps of the inverse iteration (count)."""
+    """Steps of the inverse iteration (count). Unused by "softmax" and "residual"."""
     conv_kernel_size: int | None = 33
     """Tokens spanned by the convolution skip; odd, or None for no skip."""
+    attention_dropout: float | None = None
+    """Probability of dropping an attention weight while training; None: as dropout."""
+    type_vocab_size: int = 0
+    """Segments told apart by an embedding of their own (count); 0 for no such embedding."""
+    position_offset: int = 0
+    """Rows of the position table before that of the first token: 2 in tables made as RoBERTa's (count)."""
+    activation: Activation = "gelu"
+    """Inside the feed-forward part: "gelu", "gelu_tanh" (its tanh approximation) or "relu"."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in every layer norm."""
 
 
 class MaskedLMOutput(NamedTuple):
@@ -70,7 +82,8 @@ class MaskedLM(nn.Module):
         self.encoder_config = config  # not `config`: Trainer writes to that name
         self.encoder = Encoder(config)
         self.transform = nn.Linear(config.embed_dim, config.embed_dim)
-        self.norm = nn.LayerNorm(config.embed_dim)
+        self.activation = activation(config.activation)
+        self.norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.apply(_init_weights)
 
@@ -94,11 +107,12 @@ class MaskedLM(nn.Module):
         if labels is not None:
             labelled = labels != -100
             x, labels = x[labelled], labels[labelled]  # (labelled tokens, c)
-        x = self.norm(F.gelu(self.transform(x)))
+        x = self.norm(self.activation(self.transform(x)))
         logits = F.linear(x, self.encoder.embeddings.token.weight, self.output_bias)
         if labels is None:
             return MaskedLMOutput(None, logits)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)  # a sum overflows in half
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum overflows in half
+        loss = F.cross_entropy(wide, labels, reduction="sum") / max(len(labels), 1)
         return MaskedLMOutput(loss, logits)
 
 
@@ -160,36 +174,60 @@ class Encoder(nn.Module):
         for name in ("vocab_size", "max_length", "num_layers", "ffn_dim"):
             if getattr(config, name) < (0 if name == "num_layers" else 1):
                 raise ValueError(f"{name} must be positive: got {getattr(config, name)}")
+        for name in ("type_vocab_size", "position_offset", "layer_norm_eps"):
+            if getattr(config, name) < 0:
+                raise ValueError(f"{name} must not be negative: got {getattr(config, name)}")
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.embed_dim) if config.norm_first else nn.Identity()
+        self.norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.norm_first else nn.Identity()
 
-    def forward(self, input_ids: Int[Tensor, "b n"], attn_mask: Tensor | None = None) -> Float[Tensor, "b n c"]:
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attn_mask: Tensor | None = None,
+        token_type_ids: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
         """Encode; attn_mask True = real token. Cost O(b n) for the default attention."""
-        x = self.embeddings(input_ids)
+        x = self.embeddings(input_ids, token_type_ids)
         for block in self.blocks:
             x = block(x, attn_mask)
         return self.norm(x)
 
 
 class Embeddings(nn.Module):
-    """Token plus learned position embeddings."""
+    """Token plus learned position embeddings, plus those of the segments where there are any."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        self.position_offset = config.position_offset
         self.token = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.position = nn.Embedding(config.max_length, config.embed_dim)
-        self.norm = nn.Identity() if config.norm_first else nn.LayerNorm(config.embed_dim)
+        self.position = nn.Embedding(config.position_offset + config.max_length, config.embed_dim)
+        self.token_type = None
+        if config.type_vocab_size > 0:
+            self.token_type = nn.Embedding(config.type_vocab_size, config.embed_dim)
+        self.norm = nn.Identity() if config.norm_first else nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
-        n, max_length = input_ids.shape[1], self.position.num_embeddings
+    def forward(
+        self, input_ids: Int[Tensor, "b n"], token_type_ids: Int[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        return self.of_vectors(self.token(input_ids), token_type_ids)
+
+    def of_vectors(
+        self, x: Float[Tensor, "b n c"], token_type_ids: Int[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """The same from the tokens' vectors in place of their ids; without token_type_ids all are of segment 0."""
+        n, max_length = x.shape[1], self.position.num_embeddings - self.position_offset
         if n > max_length:
             raise ValueError(
                 f"input_ids must be at most max_length tokens long: got {n}, max_length {max_length}; "
                 "shorten the input or build the model with a larger max_length"
             )
-        return self.dropout(self.norm(self.token(input_ids) + self.position.weight[:n]))
+        if self.token_type is not None:
+            x = x + (self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids))
+        elif token_type_ids is not None:
+            raise ValueError("token_type_ids must be left out: this model has no segments (type_vocab_size 0)")
+        return self.dropout(self.norm(x + self.position.weight[self.position_offset :][:n]))
 
 
 class Block(nn.Module):
@@ -203,15 +241,17 @@ class Block(nn.Module):
             config.num_heads,
             kind=config.kind,
             num_landmarks=config.num_landmarks,
-            num_pinv_iters=config.num_pinv_iters,
+            num_pinv_iters=None if config.kind == "residual" else config.num_pinv_iters,
             conv_kernel_size=config.conv_kernel_size,
-            dropout=config.dropout,
+            dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
         )
-        self.attention_norm = nn.LayerNorm(config.embed_dim)
+        self.attention_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.ffn = nn.Sequential(
-            nn.Linear(config.embed_dim, config.ffn_dim), nn.GELU(), nn.Linear(config.ffn_dim, config.embed_dim)
+            nn.Linear(config.embed_dim, config.ffn_dim),
+            activation(config.activation),
+            nn.Linear(config.ffn_dim, config.embed_dim),
         )
-        self.ffn_norm = nn.LayerNorm(config.embed_dim)
+        self.ffn_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None) -> Float[Tensor, "b n c"]:
@@ -220,6 +260,19 @@ class Block(nn.Module):
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
         x = self.attention_norm(x + self.dropout(self.attention(x, attn_mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+    def attention_rows(
+        self, x: Float[Tensor, "b n c"], indices: Int[Tensor, "..."], attn_mask: Tensor | None = None
+    ) -> Float[Tensor, "b h r n"]:
+        """What chosen tokens read in the attention of this block (see `NystromAttention.rows`); x as `forward` gets."""
+        return self.attention.rows(self.attention_norm(x) if self.norm_first else x, indices, attn_mask)
+
+
+def activation(name: Activation) -> nn.Module:
+    """The module that a name stands for; ValueError for an unknown one."""
+    if name not in get_args(Activation):
+        raise ValueError(f"activation must be 'gelu', 'gelu_tanh' or 'relu': got {name!r}")
+    return nn.ReLU() if name == "relu" else nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nystrom._precision import full_precision
-from nystrom._validate import check_attention_inputs, check_options, known_false
+from nystrom._validate import check_attention_inputs, check_indices, check_options
 from nystrom.functional import Summary, core, inverse_of, summarise, weights
 from nystrom.inverses import Inverse, InverseName
 from nystrom.landmarks import Landmarks, LandmarksName
@@ -126,7 +126,7 @@ def attention_rows(
     """
     check_attention_inputs(query, key, key, enable_gqa)
     check_options(0.0, False, scale, num_landmarks, num_pinv_iters)
-    index = _check_indices(indices, *query.shape[::2])
+    index = check_indices(indices, *query.shape[::2])
     invert = inverse_of(pinv, num_pinv_iters)
     h, g = query.shape[1], key.shape[1]
     with full_precision(query.device):
@@ -138,17 +138,3 @@ def attention_rows(
 
 def _right_of_head(at: Summary, head: int, group: int) -> Float[Tensor, "b m s"]:
     return weights(at.query_landmarks[:, head], at.key[:, group], at.key_mask, at.scale)
-
-
-def _check_indices(indices: Tensor, b: int, n: int) -> Int[Tensor, "b r"]:
-    """indices as (b, r), counted; ValueError unless they are positions of queries."""
-    if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim not in (1, 2):
-        raise ValueError(
-            f"indices must be integers of shape (r,) or (b, r): got {indices.dtype} of shape {tuple(indices.shape)}"
-        )
-    if indices.ndim == 2 and indices.shape[0] != b:
-        raise ValueError(f"indices (b, r) must have one row per sample: got {indices.shape[0]} rows for batch {b}")
-    outside = (indices < 0) | (indices >= n)
-    if known_false(~outside.any(), f"indices must be in [0, {n})"):
-        raise ValueError(f"indices must be in [0, {n}): got {indices[outside][0].item()}")
-    return indices.long().expand(b, indices.shape[-1])

@@ -52,7 +52,7 @@ class Pretrain:
     length: int = 2048
     """Tokens in a block: the length that the model reads."""
     attention: Kind = "nystrom"
-    """Attention: "nystrom" (linear cost) or "softmax" (exact), with the same weights."""
+    """Attention: "nystrom", "shift", "residual" (linear cost) or "softmax" (exact), with the same weights."""
     num_landmarks: int = 64
     """Landmarks per head (count)."""
     conv_kernel_size: int | None = 33
