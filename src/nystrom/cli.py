@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
     from nystrom import demo
     from nystrom.bench import error, front, memory, models, plot, sentences, speed, synthetic, table
     from nystrom.inspect import command as inspection
-    from nystrom.recipes import fill_mask, pretrain
+    from nystrom.recipes import convert, fill_mask, pretrain
 
     @dataclass(frozen=True)
     class Bench:
@@ -59,6 +59,7 @@ def run(arguments: list[str]) -> None:
         | Annotated[pretrain.Pretrain, subcommand("pretrain")]
         | Annotated[fill_mask.FillMask, subcommand("fill-mask")]
         | Annotated[inspection.Inspect, subcommand("inspect")]
+        | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[Bench, subcommand("bench")],
         prog=PROGRAM,
         description=ABOUT,
@@ -73,6 +74,8 @@ def run(arguments: list[str]) -> None:
             fill_mask.run(command)
         case inspection.Inspect():
             inspection.run(command)
+        case convert.Convert():
+            convert.run(command)
         case Bench(speed.Speed() as config):
             speed.run(config)
         case Bench(memory.Memory() as config):
