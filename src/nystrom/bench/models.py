@@ -16,13 +16,13 @@ from torch import Tensor
 from nystrom.bench.lines import Grid, Line, grid, record, show, tables
 from nystrom.bench.methods import check_sizes
 from nystrom.bench.timing import Step, take_turns, times_ours
-from nystrom.hf.settings import ATTENTIONS, configure
 from nystrom.models import load, num_positions, tile_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COLUMNS = {"sdpa": "sdpa", **{name: name for name in ATTENTIONS}}
+FORMS = ("sdpa", "nystrom", "nystrom_shift", "nystrom_residual")
+"""Values of `attn_implementation`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ def run(config: Models) -> list[Line]:
 
 def measure_all(config: Models) -> Iterator[Line]:
     """Length after length."""
+    from nystrom.hf import configure  # loads transformers
+
     longest = max(config.lengths)
     model = random_bert(config, longest) if config.model is None else load(config.model)[0]
     positions = num_positions(model)
@@ -97,7 +99,7 @@ def measure(config: Models, model: "PreTrainedModel", n: int) -> list[Line]:
     """One line per attention; `of_sdpa` is the median of the rounds' ratios of its time to sdpa's."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (config.batch, n), generator=generator)
-    steps = {name: step(model, name, ids, config.backward) for name in COLUMNS}
+    steps = {name: step(model, name, ids, config.backward) for name in FORMS}
     times = take_turns(steps, config.rounds, config.seconds, config.threads)
     about = {
         "n": n,
@@ -145,4 +147,6 @@ def summary(lines: list[Line]) -> Grid:
         f"ms per {direction} of {first['what'] or 'a BERT'} (times as fast as sdpa), batch {first['batch']}, {sizes}"
     )
     faster = [{**line, "faster": 1 / line["of_sdpa"]} for line in lines]
-    return grid(f"{title}, {first['threads']} threads", faster, "n", COLUMNS, "{ms:.0f} ({faster:.2f}x)")
+    return grid(
+        f"{title}, {first['threads']} threads", faster, "n", {name: name for name in FORMS}, "{ms:.0f} ({faster:.2f}x)"
+    )

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from nystrom.bench.lines import Grid, Line, record, show
 from nystrom.bench.methods import check_sizes
+from nystrom.bench.models import FORMS
 from nystrom.bench.timing import torch_threads
 from nystrom.data.text import text_files
-from nystrom.hf.settings import ATTENTIONS, configure
 from nystrom.models import load, num_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FORMS = ("sdpa", *ATTENTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +124,8 @@ def measure_sts(config: Sts, pairs: Pairs) -> Iterator[Line]:
     """One line per attention."""
     from scipy.stats import spearmanr
 
+    from nystrom.hf import configure  # loads transformers
+
     model, tokenizer = load(config.model)
     tokens = tokenize(model, tokenizer, pairs.left + pairs.right, num_positions(model))
     for attention in FORMS:
@@ -144,6 +144,8 @@ def measure_sts(config: Sts, pairs: Pairs) -> Iterator[Line]:
 
 def measure_retrieval(config: Retrieval, files: list[Path]) -> Iterator[Line]:
     """One line per attention; sdpa, the first, is what the others are compared to."""
+    from nystrom.hf import configure  # loads transformers
+
     model, tokenizer = load(config.model)
     texts = [path.read_text(encoding="utf-8") for path in files]
     tokens = tokenize(model, tokenizer, texts, config.length)
