@@ -35,7 +35,7 @@ class Settings:
 
 def configure(
     model: "PreTrainedModel",
-    attention: Attention | None = None,
+    attention: Attention | Literal["sdpa", "eager"] | None = None,
     *,
     layers: dict[int, dict[str, Any]] | None = None,
     **settings: Any,
@@ -44,8 +44,9 @@ def configure(
 
     Args:
         model: any transformers model; its parts with configs of their own are set alike.
-        attention: switch to it. It is then written to config.json with the settings, so that `from_pretrained` finds
-            it again; transformers alone keeps no attention.
+        attention: switch to it. config.json then names it with the settings, and `from_pretrained` finds it again;
+            transformers alone keeps no attention, so a model that was loaded is to be configured again before it is
+            saved again. "sdpa" and "eager" switch back.
         layers: settings of single layers, by their number; on top of those of all layers.
         settings: fields of `Settings`, by name.
 
@@ -62,26 +63,29 @@ def configure(
     >>> model.config.nystrom
     {'top_k': 32, 'layers': {'0': {'top_k': 96}}}
     """
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-    if attention is not None and attention not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}: got {attention!r}")
-    if attention is not None and not model.is_backend_compatible():
-        raise ValueError(
-            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface: "
-            "it cannot be exchanged"
-        )
+    if attention is not None and attention not in (*ATTENTIONS, "sdpa", "eager"):
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, sdpa, eager: got {attention!r}")
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(part).__name__} does not take its attention from transformers' AttentionInterface: "
+                "it cannot be exchanged"
+            )
     wanted = {str(number): dict(own) for number, own in (layers or {}).items()}
     _check_layers(model, wanted)
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     merged = {key: _merge(config, settings, wanted) for key, config in configs.items()}
-    for config in configs.values():
-        config.nystrom = merged[id(config)]
     if attention is not None:
         model.set_attn_implementation(attention)
-        for config in configs.values():
-            if config._attn_implementation == attention:
-                config.attn_implementation = attention
+    for key, config in configs.items():
+        config.nystrom = merged[key]
+        if config._attn_implementation in ATTENTIONS:
+            config.attn_implementation = config._attn_implementation
+        else:
+            vars(config).pop("attn_implementation", None)
     return model
 
 
@@ -89,7 +93,7 @@ def settings_of(config: "PreTrainedConfig | None", layer: int | None) -> Setting
     """What config.json and `configure` say for a layer.
 
     Raises:
-        ValueError: the config's "nystrom" is no such settings.
+        ValueError: the config's "nystrom" is no such settings; it sets single layers, and this one has no number.
     """
     stored = getattr(config, "nystrom", None)
     if stored is None:
@@ -97,8 +101,10 @@ def settings_of(config: "PreTrainedConfig | None", layer: int | None) -> Setting
     if not isinstance(stored, dict):
         raise ValueError(f'config.nystrom must be settings by name, as {{"num_landmarks": 64}}: got {stored!r}')
     common = {name: value for name, value in stored.items() if name != "layers"}
-    own = {} if layer is None else stored.get("layers", {}).get(str(layer), {})
-    return checked(common | own)
+    layers = stored.get("layers", {})
+    if layers and layer is None:
+        raise ValueError(f"config.nystrom sets layers {', '.join(layers)}, but this layer does not know its number")
+    return checked(common | layers.get(str(layer), {}))
 
 
 def checked(values: dict[str, Any]) -> Settings:
@@ -147,9 +153,10 @@ def _merge(config: "PreTrainedConfig", settings: dict[str, Any], layers: dict[st
 def _check_layers(model: "PreTrainedModel", layers: dict[str, dict[str, Any]]) -> None:
     if not layers:
         return
-    numbers = {str(getattr(module, "layer_idx", None)) for module in model.modules()} - {"None"}
-    if not numbers:
-        raise ValueError(f"the layers of {type(model).__name__} do not know their number; set all of them alike")
+    found: set[Any] = {module.layer_idx for module in model.modules() if hasattr(module, "layer_idx")}
+    if not found or None in found:
+        few = "some of the layers" if found - {None} else "the layers"
+        raise ValueError(f"{few} of {type(model).__name__} do not know their number; set all of them alike")
     for number in layers:
-        if number not in numbers:
-            raise ValueError(f"no layer {number}: {type(model).__name__} has 0 to {max(map(int, numbers))}")
+        if number not in map(str, found):
+            raise ValueError(f"no layer {number}: {type(model).__name__} has 0 to {max(found)}")
