@@ -118,9 +118,11 @@ def test_models(folder, tmp_path):
     assert [(x["n"], x["method"]) for x in lines] == [(n, form) for n in (40, 90, 90) for form in FORMS]
     assert all(x["of_sdpa"] == 1 for x in lines if x["method"] == "sdpa")
     assert all(x["ms"] > 0 and len(x["ms_rounds"]) == 2 for x in lines)
-    assert lines[-1]["what"] == "tiny" and lines[-1]["backward"] and lines[-1]["layers"] == 2
+    assert lines[-1]["what"] == f"{folder.parent.name}/tiny" and lines[-1]["backward"] and lines[-1]["layers"] == 2
     done = bench("table", "--lines", out)
-    assert done.returncode == 0 and "ms per forward + backward of tiny" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"ms per forward + backward of {folder.parent.name}/tiny" in done.stdout, (
+        done.stderr
+    )
 
 
 @pytest.mark.unhooked

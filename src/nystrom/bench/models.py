@@ -103,7 +103,7 @@ def measure(config: Models, model: "PreTrainedModel", n: int) -> list[Line]:
     times = take_turns(steps, config.rounds, config.seconds, config.threads)
     about = {
         "n": n,
-        "what": config.model and Path(config.model).name,
+        "what": config.model and "/".join(Path(config.model).parts[-2:]),
         "backward": config.backward,
         "batch": config.batch,
         "layers": model.config.num_hidden_layers,
