@@ -152,15 +152,32 @@ def test_docstring_examples(module):
 
 
 @pytest.mark.unhooked
-def test_readme_example_runs():
+def test_readme_examples_run(tmp_path):
+    from transformers import BertConfig, BertModel, NystromformerConfig, NystromformerForMaskedLM
+
     readme = (PACKAGE.parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(example.strip().splitlines()) <= 10
+    first, swap, checkpoint = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(first.strip().splitlines()) <= 10
     scope: dict[str, object] = {}
-    exec(example, scope)
+    exec(first, scope)
     output, exact = scope["output"], scope["exact"]
     assert isinstance(output, torch.Tensor) and isinstance(exact, torch.Tensor)
     assert output.shape == exact.shape and output.isfinite().all()
+
+    sizes = dict(vocab_size=50, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32)
+    ids = torch.arange(5, 45)[None]
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    scope = {"PATH": tmp_path / "bert"}
+    exec(swap, scope)
+    model = scope["model"]
+    assert isinstance(model, BertModel) and model(input_ids=ids).last_hidden_state.isfinite().all()
+    assert model.config._attn_implementation == "nystrom_residual"
+    assert model.config.nystrom == {"top_k": 96, "exact_below": 2048}
+    NystromformerForMaskedLM(NystromformerConfig(**sizes)).save_pretrained(tmp_path / "nystromformer")
+    scope = {"PATH": tmp_path / "nystromformer"}
+    exec("import nystrom.hf\n" + checkpoint, scope)
+    model = scope["model"]
+    assert isinstance(model, torch.nn.Module) and model(input_ids=ids).logits.shape == (1, 40, 50)
 
 
 def test_tables_in_the_docs_are_made_from_the_committed_lines():
