@@ -73,7 +73,10 @@ def attend(
         ValueError: the layer is causal; it changes its logits in a way that landmarks cannot follow; its mask varies by
             query; cross-attention with nystrom_shift or in a window; attention weights are asked for.
     """
-    settings = settings_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
+    config = getattr(module, "config", None)
+    if config is not None and not torch.compiler.is_compiling():
+        config.attn_implementation = config._attn_implementation  # for config.json: transformers forgets it on loading
+    settings = settings_of(config, getattr(module, "layer_idx", None))
     name = type(module).__name__
     read = attention_mask if isinstance(attention_mask, Mask) else Mask(None, None, attention_mask)
     _check_options(name, attention, options)

@@ -44,9 +44,9 @@ def configure(
 
     Args:
         model: any transformers model; its parts with configs of their own are set alike.
-        attention: switch to it. config.json then names it with the settings, and `from_pretrained` finds it again;
-            transformers alone keeps no attention, so a model that was loaded is to be configured again before it is
-            saved again. "sdpa" and "eager" switch back.
+        attention: switch to it. config.json then names it with the settings, and `from_pretrained` finds it again.
+            transformers forgets the name when it loads a model; a forward pass, or `configure(model)`, restores it for
+            the next saving. "sdpa" and "eager" switch back.
         layers: settings of single layers, by their number; on top of those of all layers.
         settings: fields of `Settings`, by name.
 
