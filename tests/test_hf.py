@@ -525,3 +525,46 @@ def test_a_published_encoder():
         configure(model, exact_below=0)  # with more landmarks than tokens, and six steps of the inverse
         got = torch.cat(states(model, batch))
         assert F.cosine_similarity(got, torch.cat(want), dim=-1).min() > (0.9999 if attention == ATTENTIONS[2] else 0.9)
+
+
+@pytest.mark.unhooked
+def test_our_nystromformers_refuse_it_and_say_where_their_attention_is_chosen(tmp_path):
+    from nystrom.hf import NystromformerConfig, NystromformerModel
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    model = NystromformerModel(NystromformerConfig(**sizes))
+    with pytest.raises(ValueError, match="makes its attention itself: set attention, num_landmarks"):
+        configure(model, num_landmarks=2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="makes its attention itself: got attn_implementation = 'nystrom_residual'"):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="nystrom_residual")
+    assert not hasattr(model.config, "nystrom")
+
+
+def test_a_model_made_of_models_is_switched_as_a_whole():
+    """Its parts' layers keep configs of their own, which transformers' set_attn_implementation does not reach."""
+    from transformers import EncoderDecoderModel
+
+    decoder = BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    whole = EncoderDecoderModel(encoder=bert(), decoder=transformers.BertLMHeadModel(decoder)).eval()
+    inputs = text()
+    call = dict(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    call |= dict(decoder_input_ids=inputs["input_ids"], decoder_attention_mask=inputs["attention_mask"])
+    with torch.no_grad():
+        want = whole(**call).logits
+        configure(whole, "nystrom_residual", exact_causal=True)  # so short that all stays exact
+        got = whole(**call).logits
+        configure(whole, exact_below=0, num_landmarks=2, top_k=1, block=1)
+        other = whole(**call).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real])
+    assert not torch.allclose(other[real], want[real])
+
+
+def test_a_model_that_was_only_tried_is_saved_as_it_was(tmp_path):
+    model = bert()
+    model.set_attn_implementation("nystrom")
+    model(**text())
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    assert "attn_implementation" not in json.loads((tmp_path / "config.json").read_text())

@@ -744,6 +744,16 @@ def test_compiled_dropout_drops_the_same_weights_backward():
 
 @pytest.mark.unhooked
 @pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_gradients_where_no_token_takes_part():
+    inputs, _ = case(40, False)
+    compiled = torch.compile(residual_nystrom_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(*inputs, torch.zeros(2, 40, dtype=torch.bool), **SMALL)
+    assert out.count_nonzero() == 0
+    assert all(x.count_nonzero() == 0 for x in grad(out.sum() + sum(x.sum() * 0 for x in inputs), inputs))
+
+
+@pytest.mark.unhooked
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_around_torch_func():
     inputs = [x.detach()[None] for x in case(40, False)[0]]
     compiled = torch.compile(torch.vmap(residual_nystrom_attention), fullgraph=True, backend="aot_eager")

@@ -39,7 +39,8 @@ def opaque(name: str, attend: Attend) -> Attend:
         with full_precision(q.device):
             if seed is None:
                 return attend(q, k, v, query_mask, key_mask, sizes, dropout_p).contiguous()
-            with torch.random.fork_rng([] if q.device.type == "cpu" else [q.device]):
+            devices = [] if q.device.type == "cpu" else [q.device]
+            with torch.random.fork_rng(devices, device_type=q.device.type if devices else "cuda"):
                 torch.manual_seed(int(seed))  # the backward pass drops the same weights
                 return attend(q, k, v, query_mask, key_mask, sizes, dropout_p).contiguous()
 
@@ -58,7 +59,10 @@ def opaque(name: str, attend: Attend) -> Attend:
         with torch._C._SetExcludeDispatchKeyGuard(AUTOGRAD, False), torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             out = run(q, k, v, query_mask, key_mask, seed, sizes, dropout_p)
-            grad_q, grad_k, grad_v = (x.contiguous() for x in torch.autograd.grad(out, (q, k, v), grad))
+            if not out.requires_grad:  # no sample has a token that takes part
+                return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            grads = torch.autograd.grad(out, (q, k, v), grad, materialize_grads=True)
+        grad_q, grad_k, grad_v = (x.contiguous() for x in grads)
         return grad_q, grad_k, grad_v
 
     forward = torch.library.custom_op(name, run, mutates_args=())

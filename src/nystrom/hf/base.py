@@ -17,6 +17,7 @@ from nystrom.encoder import Block, Encoder
 from nystrom.hf import folders
 from nystrom.hf.configuration import Attention, NystromformerConfig
 from nystrom.hf.positions import How, extended
+from nystrom.hf.settings import ATTENTIONS
 
 Model = TypeVar("Model", bound="NystromformerPreTrainedModel")
 
@@ -29,6 +30,18 @@ class NystromformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "nystromformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block", "Embeddings"]  # noqa: RUF012
+
+    def __init__(self, config: NystromformerConfig) -> None:
+        if config._attn_implementation in ATTENTIONS:
+            raise ValueError(
+                f"{type(self).__name__} makes its attention itself: got attn_implementation = "
+                f"{config._attn_implementation!r}; attention in its config chooses"
+            )
+        super().__init__(config)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return False  # transformers guesses, and wrongly
 
     @classmethod
     def from_transformers(
@@ -89,7 +102,8 @@ class NystromformerPreTrainedModel(PreTrainedModel):
             )
         dtypes = {tensor.dtype for tensor in tensors.values()}
         if len(dtypes) == 1:
-            self.to(dtypes.pop())  # pyright: ignore[reportArgumentType, reportCallIssue]
+            (self.config.dtype,) = dtypes
+            self.to(self.config.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self.load_state_dict(tensors, strict=False)  # what may be missing was settled above
 
     def save_transformers(self, folder: str | Path, *, length: int | None = None) -> None:

@@ -68,9 +68,10 @@ def check_folder(folder: Path, allow_pickle: bool) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must hold the fields of a config: got {config!r}")
     if "nystrom" in config or config.get("attn_implementation") in ATTENTIONS or config.get("model_type") == "nystrom":
+        own = config.get("model_type") == "nystrom"
         raise ValueError(
-            f"{folder}: converted already; convert the model that it was made from, or change its settings with "
-            "nystrom.hf.configure"
+            f"{folder}: converted already; convert the model that it was made from, or change its settings "
+            + ("in its config.json" if own else "with nystrom.hf.configure")
         )
     if not any((folder / file).is_file() for file in SAFE):
         pickles = [file for file in PICKLES if (folder / file).is_file()]

@@ -5,6 +5,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import NystromformerConfig as TheirConfig
 
 from nystrom.hf.configuration import NystromformerConfig
+from nystrom.hf.files import refused
 from nystrom.hf.keys import to_ours, to_theirs
 
 if TYPE_CHECKING:
@@ -100,7 +102,10 @@ def read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             for name in sorted(set(json.loads((folder / SHARDS).read_text())["weight_map"].values())):
                 tensors |= load_file(folder / name)
         elif (folder / PICKLE).is_file() and allow_pickle:
-            tensors = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
+            try:
+                tensors = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
+            except UnpicklingError as error:
+                raise refused(folder / PICKLE, error) from None
         elif (folder / PICKLE).is_file():
             raise ValueError(f"{PICKLE} is the only file of tensors; allow_pickle=True reads it")
         else:
@@ -119,6 +124,7 @@ def write(model: "PreTrainedModel", config: NystromformerConfig, folder: Path, l
     """
     from safetensors.torch import save_file
 
+    folder = folder.resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists already; name a new or an empty folder")
     if config.conv_kernel_size is None:
@@ -130,7 +136,8 @@ def write(model: "PreTrainedModel", config: NystromformerConfig, folder: Path, l
             f"length must be a multiple of num_landmarks above it, {config.num_landmarks}: got {length}; or None, for "
             "exact attention at any length"
         )
-    fields = {name: getattr(config, name) for name in SHARED}
+    fields: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
+    fields["dtype"] = model.dtype
     theirs = TheirConfig(
         **fields,
         segment_means_seq_len=config.num_landmarks if length is None else length,

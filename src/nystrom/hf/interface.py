@@ -74,7 +74,7 @@ def attend(
             query; cross-attention with nystrom_shift or in a window; attention weights are asked for.
     """
     config = getattr(module, "config", None)
-    if config is not None and not torch.compiler.is_compiling():
+    if config is not None and getattr(config, "nystrom", None) is not None and not torch.compiler.is_compiling():
         config.attn_implementation = config._attn_implementation  # for config.json: transformers forgets it on loading
     settings = settings_of(config, getattr(module, "layer_idx", None))
     name = type(module).__name__

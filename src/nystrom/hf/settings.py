@@ -45,8 +45,8 @@ def configure(
     Args:
         model: any transformers model; its parts with configs of their own are set alike.
         attention: switch to it. config.json then names it with the settings, and `from_pretrained` finds it again.
-            transformers forgets the name when it loads a model; a forward pass, or `configure(model)`, restores it for
-            the next saving. "sdpa" and "eager" switch back.
+            transformers forgets the name when it loads a model; an eager forward pass, or `configure(model)`, restores
+            it for the next saving. "sdpa" and "eager" switch back.
         layers: settings of single layers, by their number; on top of those of all layers.
         settings: fields of `Settings`, by name.
 
@@ -68,6 +68,11 @@ def configure(
     if attention is not None and attention not in (*ATTENTIONS, "sdpa", "eager"):
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, sdpa, eager: got {attention!r}")
     for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config.model_type == "nystrom":
+            raise ValueError(
+                f"{type(part).__name__} makes its attention itself: set attention, num_landmarks and num_pinv_iters of "
+                "its config, and build or load it with that"
+            )
         if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
             raise ValueError(
                 f"{type(part).__name__} does not take its attention from transformers' AttentionInterface: "
@@ -80,6 +85,8 @@ def configure(
     merged = {key: _merge(config, settings, wanted) for key, config in configs.items()}
     if attention is not None:
         model.set_attn_implementation(attention)
+        for config in configs.values():
+            config._attn_implementation = attention  # it misses the configs of parts that another model was made of
     for key, config in configs.items():
         config.nystrom = merged[key]
         if config._attn_implementation in ATTENTIONS:

@@ -9,6 +9,7 @@ says what was measured on a text, and measured.json with the same numbers. Nothi
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,7 +279,7 @@ def nearest(out: Path) -> Path:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` where all goes well and is gone where not."""
-    filling = nearest(out) / f".{out.name}.{os.getpid()}"
+    filling = nearest(out) / f".{out.name}.{uuid.uuid4().hex[:8]}"
     filling.mkdir()
     try:
         yield filling
