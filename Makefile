@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := --numprocesses auto --dist loadfile
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: demo test nightly lint check format
@@ -16,8 +17,8 @@ demo: .venv/installed-train
 
 # Two processes: torch.compile cannot trace the shape-checking hook, and the hook pre-empts our error messages.
 test: .venv/installed-dev .venv/installed-model
-	$(BIN)/pytest -m "not unhooked" --jaxtyping-packages=nystrom,beartype.beartype
-	$(BIN)/pytest -m unhooked
+	$(BIN)/pytest $(PARALLEL) -m "not unhooked" --jaxtyping-packages=nystrom,beartype.beartype
+	$(BIN)/pytest $(PARALLEL) -m unhooked
 
 nightly: .venv/installed-dev
 	$(BIN)/pytest tests/test_properties.py --hypothesis-profile=nightly
