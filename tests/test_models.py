@@ -85,9 +85,9 @@ def exactly(query, key, value, mask, scale, layer_index):
 
 
 def left_behind() -> set[str]:
-    """Names of ours that transformers still knows."""
+    """Names of ours that transformers still knows, beside those that `import nystrom.hf` registers."""
     known = {*AttentionInterface._global_mapping, *AttentionMaskInterface._global_mapping}
-    return {name for name in known if "nystrom" in name}
+    return {name for name in known if "nystrom" in name} - {"nystrom", "nystrom_shift", "nystrom_residual"}
 
 
 @pytest.fixture(params=ENCODERS)
