@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
     from nystrom import demo
     from nystrom.bench import error, front, memory, models, plot, sentences, speed, synthetic, table
     from nystrom.inspect import command as inspection
-    from nystrom.recipes import convert, fill_mask, pretrain
+    from nystrom.recipes import convert, fill_mask, finetune, pretrain
 
     @dataclass(frozen=True)
     class Bench:
@@ -54,10 +54,21 @@ def run(arguments: list[str]) -> None:
             | Annotated[front.Front, subcommand("front")]
         ]
 
+    @dataclass(frozen=True)
+    class Finetune:
+        """Fine-tune a pretrained encoder on GLUE, IMDB or tables of your own, with any attention."""
+
+        task: OmitSubcommandPrefixes[
+            Annotated[finetune.Glue, subcommand("glue")]
+            | Annotated[finetune.Imdb, subcommand("imdb")]
+            | Annotated[finetune.Csv, subcommand("csv")]
+        ]
+
     command = tyro.cli(
         Annotated[demo.Demo, subcommand("demo")]  # pyright: ignore[reportArgumentType]
         | Annotated[pretrain.Pretrain, subcommand("pretrain")]
         | Annotated[fill_mask.FillMask, subcommand("fill-mask")]
+        | Annotated[Finetune, subcommand("finetune")]
         | Annotated[inspection.Inspect, subcommand("inspect")]
         | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[Bench, subcommand("bench")],
@@ -72,6 +83,8 @@ def run(arguments: list[str]) -> None:
             pretrain.run(command)
         case fill_mask.FillMask():
             fill_mask.run(command)
+        case Finetune(task):
+            finetune.run(task)
         case inspection.Inspect():
             inspection.run(command)
         case convert.Convert():

@@ -1,0 +1,203 @@
+"""Data sets whose rows are documents: .jsonl, .jsonl.gz and .parquet files, and what `datasets` opens. Streamed."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from nystrom.data.text import GZIP_ERRORS, open_bytes, unpacking_failed
+
+Part = Literal["all", "train", "held out"]
+
+HASHES = 1 << 32
+
+
+class Rows(NamedTuple):
+    """The rows of a file, or those of one part: which part a row is in depends on a hash of its text, so that equal
+    texts are never in both.
+    """
+
+    path: str
+    field: str
+    size: int
+    """Bytes of text in all of the file (count)."""
+    part: Part = "all"
+    threshold: int = 0
+    """Rows whose hash is at most this are held out."""
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Each row's text."""
+        for _, text in read_rows(self.path, self.field):
+            if _is_in(self.part, text, self.threshold):
+                yield iter([text])
+
+
+class Dataset(NamedTuple):
+    """What `datasets.load_dataset` opens, streamed: a name on the Hugging Face Hub, or a folder."""
+
+    path: str
+    config: str | None
+    split: str
+    field: str
+    part: Part = "all"
+    threshold: int = 0
+    """Rows whose hash is at most this are held out."""
+    shard: int = 0
+    """Number of the shard; its files are read apart from those of the others."""
+    shards: int = 1
+    size: None = None
+    """Not known before all is read."""
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Each row's text.
+
+        Raises:
+            ValueError: a row's text is not a string; found when the row is reached.
+        """
+        rows = open_dataset(self.path, self.config, self.split, self.field)
+        if self.shards > 1:
+            rows = rows.shard(self.shards, self.shard)
+        place = f"{self.path} ({self.split}" + (f", shard {self.shard})" if self.shards > 1 else ")")
+        for number, row in enumerate(rows):
+            text = checked(row[self.field], self.field, f"{place}, row {number}")
+            if _is_in(self.part, text, self.threshold):
+                yield iter([text])
+
+
+def check_rows(path: Path, field: str, fraction: float | None) -> list[Rows]:
+    """Read a file once: all of its rows, or with a fraction the training rows and the held-out ones.
+
+    Args:
+        path: .jsonl, .jsonl.gz or .parquet.
+        field: which one is the text.
+        fraction: part of the rows to hold out; at least one is.
+
+    Raises:
+        ValueError: a row is malformed, or its text missing or not a string; the message names its line or number.
+            Too few rows.
+        OSError: unreadable.
+    """
+    size, hashes = 0, set()
+    for _, text in read_rows(path, field):
+        size += len(text.encode())
+        if text and len(hashes) < 2:
+            hashes.add(_hash(text))
+        elif text:
+            hashes = {min(*hashes, own := _hash(text)), max(*hashes, own)}
+    if size == 0:
+        raise ValueError(f"{path}: no text in its rows; leave it out of --data")
+    rows = Rows(str(path), field, size)
+    if fraction is None:
+        return [rows]
+    if len(hashes) < 2:
+        raise ValueError(f"{path}: needs two rows of different text or more, to hold out one; pass --eval-data")
+    threshold = min(max(round(fraction * HASHES), min(hashes)), max(hashes) - 1)
+    return [rows._replace(part=part, threshold=threshold) for part in ("train", "held out")]
+
+
+def find_dataset(path: str, config: str | None, split: str, field: str, fraction: float | None) -> list[list[Dataset]]:
+    """A data set's shards; with a fraction those of the training rows and of the held-out ones.
+
+    Raises:
+        OSError: it is not to be had.
+        ValueError: it has no such column.
+    """
+    shards = open_dataset(path, config, split, field).num_shards
+    parts: tuple[Part, ...] = ("all",) if fraction is None else ("train", "held out")
+    threshold = 0 if fraction is None else round(fraction * HASHES)
+    return [
+        [Dataset(path, config, split, field, part, threshold, shard, shards) for shard in range(shards)]
+        for part in parts
+    ]
+
+
+def open_dataset(path: str, config: str | None, split: str, field: str) -> Any:
+    """The rows of a split, streamed, with this column alone.
+
+    Raises:
+        OSError: it is not to be had: no network, or no such data set.
+        ValueError: it has no such column.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(path, config, split=split, streaming=True)
+        names = rows.column_names or list(next(iter(rows.take(1)), {}))
+    except Exception as error:  # network, hub and file formats each raise kinds of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{path} (config {config}, split {split}) cannot be had with the package datasets: {reason}; check the "
+            "name and the network, or name files on this machine with --data"
+        ) from error
+    if field not in names:
+        raise ValueError(f"{path}: no column {field!r}; its columns: {', '.join(names)}; pass --text-field")
+    return rows.select_columns([field])
+
+
+def read_rows(path: str | Path, field: str) -> Iterator[tuple[str, str]]:
+    """Where each row is, in words, and its text.
+
+    Raises:
+        ValueError: a row is malformed, or its text missing or not a string.
+    """
+    return _parquet(path, field) if str(path).lower().endswith(".parquet") else _json_lines(path, field)
+
+
+def _json_lines(path: str | Path, field: str) -> Iterator[tuple[str, str]]:
+    try:
+        with open_bytes(path) as file:
+            for number, line in enumerate(file, start=1):
+                place = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:  # also what is not UTF-8
+                    raise ValueError(f"{place}: not JSON: {error}; mend or remove it") from None
+                if not isinstance(row, dict) or field not in row:
+                    found = f"fields {', '.join(row)}" if isinstance(row, dict) else repr(row)[:50]
+                    raise ValueError(f"{place}: no field {field!r}: got {found}; pass --text-field")
+                yield place, checked(row[field], field, place)
+    except GZIP_ERRORS as error:
+        raise unpacking_failed(path, error) from None
+
+
+def _parquet(path: str | Path, field: str) -> Iterator[tuple[str, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise ValueError(f"{path}: no column {field!r}; its columns: {', '.join(names)}; pass --text-field")
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0):
+                    place = f"{path}, row {number}"
+                    yield place, checked(value.as_py(), field, place)
+                    number += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a parquet file, or a damaged one: {error}; get it again") from None
+
+
+def checked(text: object, field: str, place: str) -> str:
+    """The text of a row.
+
+    Raises:
+        ValueError: it is not a string, or holds half a surrogate pair, which no encoding can write.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: {field!r} must be a string: got {text!r}"[:300])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: {field!r} is not text: {error.reason} at character {error.start}") from None
+    return text
+
+
+def _is_in(part: Part, text: str, threshold: int) -> bool:
+    return part == "all" or (_hash(text) <= threshold) == (part == "held out")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())

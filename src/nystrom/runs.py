@@ -1,0 +1,169 @@
+"""Run folders: what a training run leaves behind, and what it may go on from.
+
+OUT/run.json       recipe, resolved config, versions, commit
+OUT/metrics.json   the numbers, written at the end: its presence says that the run is finished
+OUT/curve.png      the loss and the scores over the steps
+OUT/checkpoint-*/  to resume from; one without the file `complete` was cut off while it was written
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from nystrom.environment import describe
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+COMPLETE = "complete"
+"""File in a checkpoint, written after all others."""
+
+
+def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int = 0) -> None:
+    """Never write over an earlier run, nor go on with one under other settings, nor start one that cannot be kept.
+
+    Args:
+        out: the run's folder.
+        config: its settings; but for `resume` a resumed run keeps them.
+        resume: whether to go on with the run in `out`.
+        needed: bytes that the run will write, about.
+
+    Raises:
+        FileExistsError: out is not an empty folder, and resume is off.
+        FileNotFoundError: there is no run to resume.
+        ValueError: it had other settings.
+        OSError: out cannot be written, or the disk has no room.
+    """
+    if resume:
+        check_same(out, config)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not an empty folder; pass another --out, or --resume")
+    folder = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written: {error.strerror or error}; pass another --out") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{out}: the run needs about {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left; make "
+            "room or pass another --out"
+        )
+
+
+def check_same(out: Path, config: "DataclassInstance") -> None:
+    """Raise unless `out` holds a run with these settings."""
+    if not (out / "run.json").is_file():
+        raise FileNotFoundError(f"{out}: no run to resume (run.json is missing); leave out --resume to start one")
+    before = json.loads((out / "run.json").read_text())["config"]
+    now = json.loads(json.dumps(asdict(config), default=str))
+    names = [name for name in {**before, **now} if name != "resume" and before.get(name) != now.get(name)]
+    changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names]
+    if changed:
+        raise ValueError(f"{out}: a resumed run keeps its settings: {'; '.join(changed)}; pass the first ones")
+
+
+def start(out: Path, recipe: str, config: "DataclassInstance") -> None:
+    """Make the folder and write run.json; a resumed run keeps the first one, and notes what it goes on with."""
+    out.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {"recipe": recipe, "config": asdict(config), "environment": describe()}
+    if (out / "run.json").is_file():
+        about = json.loads((out / "run.json").read_text())
+        about.setdefault("resumed", []).append(describe())
+    write_json(out / "run.json", about)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a whole file or none."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    partial.replace(path)
+
+
+def resume_point(out: Path) -> Path | None:
+    """The last whole checkpoint, None where there is none; removes those that were cut off while they were written."""
+    whole = []
+    for folder in out.glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (0 of a single value), and the values."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": sd, "each": list(values)}
+
+
+def summarise(out: Path, seeds: Sequence[int], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write summary.json: mean and standard deviation over the seeds of what each metrics.json holds."""
+    first = runs[0]
+    summary = {
+        "task": first["task"],
+        "attention": first["attention"],
+        "seeds": list(seeds),
+        "score": {"name": first["score"]["name"], **spread([run["score"]["value"] for run in runs])},
+        "scores": {name: spread([run["scores"][name] for run in runs]) for name in first["scores"]},
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def plot_curve(curve: list[dict[str, Any]], path: Path) -> None:
+    """The training loss over the steps, and beside it the score on held-out data, where it was taken."""
+    import matplotlib
+
+    matplotlib.use("agg")  # files only; a window needs a screen
+    import matplotlib.pyplot as plt
+
+    losses = [(entry["step"], entry["loss"]) for entry in curve if "loss" in entry]
+    scores = [(entry["step"], entry["eval_score"]) for entry in curve if "eval_score" in entry]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for place, points, title in ((axes[0], losses, "Training loss"), (axes[1], scores, "Score on held-out data")):
+        place.set(title=title, xlabel="step")
+        if points:
+            place.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    partial.replace(path)
+
+
+def mixed_precision(precision: Precision) -> dict[str, bool]:
+    """The arguments of TrainingArguments for a precision; "auto" takes bfloat16 where the hardware has it.
+
+    Raises:
+        ValueError: the hardware does not have it.
+    """
+    cuda = torch.cuda.is_available()
+    bfloat16 = torch.cuda.is_bf16_supported() if cuda else _cpu_has_bfloat16()
+    if precision == "bfloat16" and not bfloat16:
+        raise ValueError("precision bfloat16 is not in this machine's hardware; pass float32, or auto")
+    if precision == "float16" and not cuda:
+        raise ValueError("precision float16 needs a GPU, and there is none; pass float32, bfloat16 or auto")
+    return {"bf16": precision == "bfloat16" or (precision == "auto" and bfloat16), "fp16": precision == "float16"}
+
+
+def _cpu_has_bfloat16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def peak_memory() -> int:
+    """Most memory that this process has held at a time, or its share of the GPU (bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,106 @@
+"""What our recipes add to transformers' Trainer: whole checkpoints, time, order. Imports transformers."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from nystrom.runs import COMPLETE
+
+
+class MarkComplete(TrainerCallback):
+    """Leave a mark in every checkpoint once all of it is written: a run that is killed meanwhile does not use it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds spent in training steps, evaluation and saving not counted, those before a resume included."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begin = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begin = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.monotonic() - self._begin
+
+
+def clock(trainer: Trainer) -> Clock:
+    """The trainer's clock; a resumed trainer has another than it was given."""
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
+
+
+class Progress(ProgressCallback):
+    """The loss beside the bar, instead of a line of figures at every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class LengthGrouped(Sampler[int]):
+    """A new order in every epoch, in which neighbours are about as long: less padding. It depends on the seed and the
+    epoch alone, so that a resumed run reads what an uninterrupted one reads.
+
+    Args:
+        lengths: of all examples (tokens).
+        batch_size: examples in a batch (count); groups are of 50 batches.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = 50 * self.batch_size
+        batches = []
+        for first in range(0, len(order), size):
+            group = sorted(order[first : first + size], key=lambda i: self.lengths[i])
+            batches += [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
+        odd = [batch for batch in batches if len(batch) < self.batch_size]  # at most one: a short batch comes last
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        for place in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[place]
+        for batch in odd:
+            yield from batch
+
+
+class GroupedTrainer(Trainer):
+    """Trainer whose batches hold examples of about one length (see `LengthGrouped`); `lengths` are the examples'."""
+
+    def __init__(self, *, lengths: Sequence[int], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._lengths = lengths
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        return LengthGrouped(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+
+def show_progress(trainer: Trainer) -> None:
+    """A bar with the loss beside it, and no lines of figures."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress())
