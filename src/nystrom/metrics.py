@@ -61,7 +61,7 @@ def _measure(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         # over all classes at once, so that a single one in the data draws no warning
         return float(metrics.matthews_corrcoef(labels, predictions)) if np.ptp(labels) or np.ptp(predictions) else 0.0
     if name == "macro_f1":
-        return float(metrics.f1_score(labels, predictions, average="macro", zero_division=cast(Any, 0.0)))
+        return float(metrics.f1_score(labels, predictions, average="macro"))
     if other := set(np.union1d(predictions, labels)) - {0, 1}:
         raise ValueError(f"f1 is of two classes, 0 and 1: got class {min(other)}; use macro_f1 for more")
     return float(metrics.f1_score(labels, predictions, zero_division=cast(Any, 0.0)))

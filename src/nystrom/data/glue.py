@@ -127,11 +127,11 @@ def _from_tsv(task: Task, path: Path, split: str) -> list[Example]:
     rows = [line.removesuffix("\r").split("\t") for line in lines]
     header = list(task.header) if task.header and not test else rows.pop(0)
     first = 1 + len(lines) - len(rows)
+    if not rows or lines == [""]:
+        raise ValueError(f"{path}: no examples in this file; get it again")
     for column in task.columns if test else (*task.columns, task.label):
         if column not in header:
             raise ValueError(f"{path}: no column {column!r}; its columns: {', '.join(header)}; get the file again")
-    if not rows:
-        raise ValueError(f"{path}: no examples in this file; get it again")
     _check_width(path, header, rows, first)
     found = []
     for number, row in enumerate(rows):
@@ -148,7 +148,7 @@ def _check_width(path: Path, header: list[str], rows: list[list[str]], first: in
     bad = [(number + first, len(row)) for number, row in enumerate(rows) if len(row) != len(header)]
     if bad:
         shown = ", ".join(f"line {line} has {width}" for line, width in bad[:10])
-        more = f" and {len(bad) - 10} more lines are wrong" if len(bad) > 10 else ""
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ValueError(
             f"{path}: every row has {len(header)} columns ({', '.join(header)}), but {shown}{more}; "
             "correct or delete these lines, or get the file again"

@@ -54,6 +54,8 @@ def read_parquet(files: Sequence[Path], columns: Sequence[str]) -> Rows:
         try:
             table = parquet.ParquetFile(path).read()
         except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
+                raise
             raise ValueError(f"{path}: not a parquet file, or a damaged one: {error}; get it again") from None
         found += _rows(table, columns, str(path))
     return found

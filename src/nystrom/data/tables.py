@@ -89,6 +89,10 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     value = _value(row, column, where)
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {column!r} holds {value!r}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write one, but no tokenizer can read it
+        raise ValueError(f"{where}: column {column!r} holds half a character (a lone surrogate)") from None
     return value
 
 
