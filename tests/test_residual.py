@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
-from nystrom import _choice, _cpu, _tree, models, nystrom_attention, residual_nystrom_attention
+from nystrom import _choice, _cpu, _tree, models, nystrom_attention, residual, residual_nystrom_attention
 
 F64 = torch.float64
 
@@ -127,6 +127,7 @@ CASES = {
     "cells of several keys": (dict(b=1, h=2, n=101, d=5), 1, 9, 8, 8),
     "cells of many keys": (dict(b=1, h=2, n=301, d=5), 2, 40, 16, 16),
     "few of many leaves": (dict(b=1, h=1, n=701, d=5), 3, 11, 20, 20),
+    "few of many leaves, cells of one key": (dict(b=1, h=1, n=601, d=5), 19, 11, 20, 20),
     "cross": (dict(b=2, h=3, n=35, d=5, s=77, v=11), 7, 4, 0, 6),
     "grouped": (dict(b=2, h=6, n=35, d=5, g=3, s=77, v=4), 3, 5, 0, 8),
     "grouped self": (dict(b=1, h=4, n=50, d=5, g=2), 1, 5, 8, 8),
@@ -206,6 +207,89 @@ def test_masked_softmax_attention_where_nothing_is_left_to_approximate(options):
         assert relative(got, wanted) < 1e-10
 
 
+LIMITS = {
+    "window alone": (0, 9, 8),
+    "one block": (5, 8, 8),
+    "wide window": (5, 13, 6),
+    "widest": (2, 31, 7),
+    "no window": (6, 0, 8),
+    "blocks of one query": (4, 3, 1),
+}
+
+
+@pytest.mark.parametrize("own_mask", [False, True])
+@pytest.mark.parametrize(("top_k", "window", "block"), LIMITS.values(), ids=LIMITS.keys())
+def test_softmax_attention_up_to_the_last_length_at_which_no_block_misses_a_key(top_k, window, block, own_mask):
+    def missed(keys: int, before: int) -> int:
+        first = before - (window - block) // 2
+        return sum(not first <= i < first + window for i in range(keys))
+
+    longest = 0
+    for s in range(1, 60):
+        starts = [
+            (keys, i) for keys in range(1, s + 1) for i in range(0, min(keys, s - 1) + 1, 1 if own_mask else block)
+        ]
+        if not own_mask:
+            starts = [(keys, i) for keys, i in starts if i < keys]
+        none_is_far = max(missed(*start) for start in starts) <= top_k
+        options = residual.Options(1, top_k, window, block, 0.0)
+        assert residual._nothing_is_far(options, s, not own_mask) == (none_is_far or s == 1)
+        longest = s if none_is_far else longest
+    if not own_mask and block > 1:
+        for s in (longest, longest + 3):
+            query, key, value = qkv(1, 2, s, 6)
+            out = residual_nystrom_attention(
+                query, key, value, num_landmarks=1, top_k=top_k, window=window, block=block
+            )
+            assert (relative(out, exact(query, key, value)) < 1e-12) == (s == longest)
+
+
+@pytest.mark.parametrize("options", [dict(top_k=20, window=40, block=8), dict(num_landmarks=60)])
+@pytest.mark.parametrize("part", [0.3, 0.8, 2.0])
+def test_the_lists_give_softmax_attention_where_it_is_computed_as_such(options, part, monkeypatch):
+    mask = torch.rand(3, 40) < part
+    mask[1] = False
+    inputs = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in qkv(3, 4, 40, 6, g=2, v=3)]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def run() -> list[Tensor]:
+        out = residual_nystrom_attention(*inputs, mask, enable_gqa=True, **options)
+        results = [out, *grad(out.square().sum(), inputs)]
+        assert all((x.transpose(1, 2)[~mask] == 0).all() for x in results)
+        return results
+
+    got = run()
+    monkeypatch.setattr(residual, "_nothing_is_far", lambda *_: False)
+    for one, other in zip(got, run(), strict=True):
+        assert relative(one, other) < 1e-11
+
+
+@pytest.mark.parametrize("s", range(8, 30))
+def test_the_lists_give_the_same_wherever_the_blocks_of_real_queries_begin(s, monkeypatch):
+    inputs, query_mask = qkv(4, 2, s, 6), torch.arange(s) >= s - 2 - torch.arange(4)[:, None]
+    options = dict(query_mask=query_mask, num_landmarks=1, top_k=3, window=19, block=7)
+    got = residual_nystrom_attention(*inputs, **options)
+    monkeypatch.setattr(residual, "_nothing_is_far", lambda *_: False)
+    torch.testing.assert_close(got, residual_nystrom_attention(*inputs, **options), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("sizes", "m", "top_k", "window", "block"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_keys_give_the_same_with_lists(sizes, m, top_k, window, block, masked, monkeypatch):
+    inputs = tuple(x.requires_grad_() for x in qkv(**sizes))
+    mask = torch.rand(len(inputs[0]), inputs[1].shape[2]) < 0.7 if masked else None
+    options = dict(num_landmarks=m, top_k=top_k, window=window, block=block, enable_gqa=True)
+
+    def run() -> list[Tensor]:
+        out = residual_nystrom_attention(*inputs, mask, **options)
+        return [out, *grad(out.square().sum(), inputs)]
+
+    got = run()
+    monkeypatch.setattr(residual, "num_candidates", lambda *_: 0)
+    for one, other in zip(got, run(), strict=True):
+        assert relative(one, other) < 1e-10
+
+
 LAW_CASES = {
     "default": ({}, None),
     "small": (dict(num_landmarks=3, top_k=4, window=8, block=8), None),
@@ -264,6 +348,33 @@ def test_padding_changes_no_bit(places, padding):
         out = residual_nystrom_attention(*padded, mask, **options)
         assert torch.equal(out[:, :, place], alone)
         assert (out[:, :, ~mask[0]] == 0).all()
+
+
+LENGTHS = {
+    "few keys": ([70, 9, 64, 0, 33, 70, 1, 48], 4),
+    "some of many leaves": ([330, 301, 315, 290], 4),
+    "cells of one key and of two": ([340, 318, 320, 325, 309], 10),
+}
+
+
+@pytest.mark.parametrize(("lengths", "m"), LENGTHS.values(), ids=LENGTHS.keys())
+def test_a_padded_batch_gives_what_each_sample_gives_alone(lengths, m):
+    """In groups of similar length, where clusters, candidates and cells must be those of the sample itself."""
+    b, n = len(lengths), max(lengths) + 2
+    inputs, mask = qkv(b, 2, n, 26), prefix_mask(lengths, n)
+    options = dict(num_landmarks=m, top_k=9, window=8, block=8)
+    padded = [x.masked_fill(~mask[:, None, :, None], torch.nan).requires_grad_() for x in inputs]
+    out = residual_nystrom_attention(*padded, mask, **options)
+    gradients = grad(out.square().sum(), padded)
+    for i, length in enumerate(lengths):
+        assert (out[i, :, length:] == 0).all()
+        assert all((x[i, :, length:] == 0).all() for x in gradients)
+        if length:
+            alone = [x[i : i + 1, :, :length].clone().requires_grad_() for x in inputs]
+            want = residual_nystrom_attention(*alone, **options)
+            assert relative(out[i : i + 1, :, :length], want) < 1e-11
+            for got, wanted in zip(gradients, grad(want.square().sum(), alone), strict=True):
+                assert (got[i : i + 1, :, :length] - wanted).norm() < 1e-10 * (1 + wanted.norm())
 
 
 def test_padding_changes_only_the_cells_in_the_plain_form(plain):
@@ -450,8 +561,21 @@ def test_dropout_is_obeyed_and_unbiased():
     assert ((draws.mean(0) - kept).abs() < 6 * draws.std(0) / len(draws) ** 0.5).all()
 
 
-def test_dropout_is_the_same_in_the_backward_pass():
+@pytest.mark.parametrize("m", [1, 2])
+def test_dropout_takes_clusters_as_a_whole(m):
+    """Whichever way they are read: up to 32 m keys have no lists."""
+    query, key, _ = qkv(1, 2, 40, 4)
+    matrix = weights(query, key, None, 0.5, num_landmarks=m, top_k=0, window=0, block=8)
+    size = 40 // m
+    assert set(torch.count_nonzero(matrix, -1).flatten().tolist()) == {i * size for i in range(m + 1)}
+    near = weights(query, key, None, 0.5, num_landmarks=m, top_k=30, window=0, block=8)
+    assert len(set(torch.count_nonzero(near, -1).flatten().tolist())) > 5
+
+
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_dropout_is_the_same_in_the_backward_pass(kept, monkeypatch):
     """The output is linear in the values, so its gradient gives it back if the same weights were dropped."""
+    monkeypatch.setattr(residual, "KEPT", kept)
     query, key, value = qkv(1, 2, 100, 4)
     value.requires_grad_()
     out = residual_nystrom_attention(query, key, value, None, 0.4, num_landmarks=2, top_k=3)
@@ -633,6 +757,19 @@ def test_inference_mode_and_no_grad_give_the_same_bits():
             out = residual_nystrom_attention(*inputs, **SMALL)
             assert not out.requires_grad
             assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("n", [60, 100])
+def test_lists_made_again_give_the_same_bits(n, monkeypatch):
+    inputs = [x.requires_grad_() for x in qkv(2, 2, n, 6)]
+
+    def run() -> list[Tensor]:
+        out = residual_nystrom_attention(*inputs, **SMALL)
+        return [out, *grad(out.square().sum(), inputs)]
+
+    kept = run()
+    monkeypatch.setattr(residual, "KEPT", 0)
+    assert all(torch.equal(one, other) for one, other in zip(kept, run(), strict=True))
 
 
 def test_backward_twice_and_gradients_of_some_inputs():
@@ -856,7 +993,10 @@ def saved_bytes(n: int, masked: bool) -> int:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_backward_pass_keeps_no_short_lists(masked):
-    short, long = saved_bytes(1024, masked), saved_bytes(2048, masked)
+def test_the_backward_pass_keeps_short_lists_up_to_a_limit(masked, monkeypatch):
+    monkeypatch.setattr(residual, "KEPT", 2**21)
+    few, short, long = (saved_bytes(n, masked) for n in (1024, 2048, 4096))
+    inputs = 3 * 4 * 4 * 1024 * 32  # bytes of query, key and value
+    assert 4 * inputs < few < 4 * inputs + 2 * (4 * 2**21)
+    assert short < 4 * 2 * inputs
     assert long < 2.1 * short
-    assert long < 4 * (3 * 4 * 4 * 2048 * 32)  # bytes of query, key and value

@@ -1,23 +1,33 @@
-"""Which keys a block of queries reads exactly, and the keys in the order of their tree that both this and the sums over
-clusters look them up in.
+"""What a block of queries reads: which keys exactly, and one softmax over these and the clusters of the others.
+
+In the order of their tree, as both the choice and the sums over clusters look keys up in it.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nystrom._tree import Tree, rows
+from nystrom._tree import CELLS, Tree, rows
 
 CANDIDATES = 256
 """Keys per block among which the exact ones are chosen (count): at least these, and more for a large top_k."""
 PROBE = 16
 """Queries averaged into one that looks for candidates (count)."""
-CELLS = 4
-"""Cells in a leaf (count)."""
 LOW = -1e30
 """The logit of what takes no part: finite, so that no difference of two is NaN."""
+
+
+class Options(NamedTuple):
+    """Sizes (counts) and dropout, as `residual_nystrom_attention` takes them."""
+
+    num_landmarks: int
+    top_k: int
+    window: int
+    block: int
+    dropout_p: float
 
 
 class Keys(NamedTuple):
@@ -38,6 +48,8 @@ class Keys(NamedTuple):
     slot_of_token: Int[Tensor, "b s"]
     total: Int[Tensor, "b2 1"]
     """Tokens that take part (count)."""
+    fewest: int
+    """Tokens that take part in the smallest set, where that is known; otherwise s (count)."""
     axes: Float[Tensor, "b d r"]
 
 
@@ -56,7 +68,8 @@ def lay_out(k: Float[Tensor, "b s d"], v: Float[Tensor, "b s v"], tree: Tree) ->
         slot = torch.arange(slots, device=k.device).expand(b, slots)
         slot_of_token = torch.zeros(b, s + 1, dtype=torch.long, device=k.device).scatter(1, token, slot)[:, :s]
     no_leaf = None if tree.exists is None else leaf_counts == 0
-    return Keys(table, tree.exists, cells, log_counts, x, leaves, no_leaf, slot_of_token, tree.total, tree.axes)
+    sizes = tree.total, tree.fewest
+    return Keys(table, tree.exists, cells, log_counts, x, leaves, no_leaf, slot_of_token, *sizes, tree.axes)
 
 
 def _means(
@@ -69,6 +82,11 @@ def _means(
     taken = exists.unflatten(1, (-1, size)).to(table.dtype)
     counts = taken.sum(2)
     return (groups * taken[..., None]).sum(2) / counts.clamp_min(1)[..., None], counts
+
+
+def num_candidates(top_k: int, window: int) -> int:
+    """Keys per block among which the exact ones are chosen, at least (count)."""
+    return max(CANDIDATES, 2 * top_k + window)
 
 
 def choose(
@@ -94,15 +112,123 @@ def choose(
         of_leaves = of_leaves.masked_fill(keys.no_leaf[:, None, None], LOW)
     num_leaves = keys.leaves.shape[1]
     leaf = slots // num_leaves
-    number = -(-max(CANDIDATES, 2 * top_k + window) * num_leaves // s)
-    leaves = of_leaves.softmax(-1).amax(2).topk(min(number, num_leaves), sorted=False).indices
+    candidates = num_candidates(top_k, window)
+    number = min(num_leaves, -(-candidates * num_leaves // max(1, keys.fewest)))  # of the smallest set
+    leaves = of_leaves.softmax(-1).amax(2).topk(number, sorted=keys.fewest < s).indices
 
     slot = (leaves[..., None] * leaf + torch.arange(leaf, device=q.device)).flatten(2)  # (b, blocks, candidates)
-    candidates = rows(keys.x.unflatten(1, (-1, leaf)).flatten(2), leaves).flatten(2).unflatten(2, (slot.shape[2], -1))
-    logits, hidden = x @ candidates.mT, hidden.gather(2, slot)
+    x_near = rows(keys.x.unflatten(1, (-1, leaf)).flatten(2), leaves).flatten(2).unflatten(2, (slot.shape[2], -1))
+    logits, hidden = x @ x_near.mT, hidden.gather(2, slot)
     if keys.exists is not None:
         empty = ~keys.exists[:, None].expand(b, blocks, slots).gather(2, slot)
+        if keys.fewest < s:  # larger sets look at fewer leaves
+            rank = torch.arange(number, device=q.device).repeat_interleave(leaf)
+            empty = empty | (rank >= -(-candidates * num_leaves // keys.total.clamp_min(1)))[:, None]
         logits, hidden = logits.masked_fill(empty[:, :, None], LOW), hidden | empty
     weight = logits.softmax(-1).amax(2).masked_fill(hidden, -1.0)
     best = weight.topk(min(top_k, slot.shape[2]), sorted=False)
     return torch.cat([own, slot.gather(2, best.indices)], -1), torch.cat([inside, best.values >= 0], -1)
+
+
+def choose_of_all(
+    q: Float[Tensor, "b blocks block d"],
+    before: Int[Tensor, "b blocks"],
+    k: Float[Tensor, "b slots d"],
+    tree: Tree,
+    top_k: int,
+    window: int,
+) -> Bool[Tensor, "b blocks slots"]:
+    """The same choice where every key is a candidate, as a mask over all slots; of an empty one it says nothing."""
+    first = before[..., None] - (window - q.shape[2]) // 2
+    token = tree.tokens[:, None]
+    near = (token >= first) & (token < first + window)
+    logits = (q.flatten(1, 2) @ tree.axes @ (k @ tree.axes).mT).unflatten(1, q.shape[1:3])
+    hidden = near
+    if tree.exists is not None:
+        hidden = near | ~tree.exists[:, None]
+        logits = logits.masked_fill(~tree.exists[:, None, None], LOW)
+    weight = logits.softmax(-1).amax(2).masked_fill(hidden, -1.0)
+    best = weight.topk(min(top_k, k.shape[1]), sorted=False)
+    return near | torch.zeros_like(near).scatter(2, best.indices, best.values >= 0)
+
+
+def read_heads(
+    q: Float[Tensor, "b blocks block d"],
+    k: Float[Tensor, "b s d"],
+    v: Float[Tensor, "b s v"],
+    before: Int[Tensor, "b blocks"],
+    tree: Tree,
+    options: Options,
+    at_once: int,
+) -> Float[Tensor, "b blocks block v"]:
+    """Every block of some heads, `at_once` blocks at a time."""
+    step = max(1, at_once // max(1, len(q)))
+    parts = zip(q.split(step, 1), before.split(step, 1), strict=True)
+    if not tree.leaf:
+        return torch.cat([read_all(*part, k, v, tree, options) for part in parts], 1)
+    keys = lay_out(k, v, tree)
+    return torch.cat([read(*part, keys, options) for part in parts], 1)
+
+
+def read(
+    q: Float[Tensor, "b blocks block d"], before: Int[Tensor, "b blocks"], keys: Keys, options: Options
+) -> Float[Tensor, "b blocks block v"]:
+    """One softmax per query over its block's exact keys and the clusters without them."""
+    d, m = q.shape[3], options.num_landmarks
+    with torch.no_grad():
+        near, there = choose(q, before, keys, options.top_k, options.window)
+    exact = rows(keys.table, near)  # (b, blocks, t, d + v)
+    logits = (q @ exact[..., :d].mT).masked_fill(~there[:, :, None], LOW)  # (b, blocks, block, t)
+
+    mean = q.mean(2)
+    scores = mean @ keys.cells[..., :d].mT + keys.log_counts[:, None]  # (b, blocks, cells): log w_j, of a whole cell
+    cell = near // (keys.table.shape[1] // keys.cells.shape[1])
+    with torch.no_grad():  # the part of each cell that is left without the exact keys
+        counts = keys.log_counts.exp().round()[:, None].expand(scores.shape)
+        left = counts.scatter_add(2, cell, -there.to(q.dtype)).gather(2, cell) / counts.gather(2, cell).clamp_min(1)
+        log_left = torch.zeros_like(scores).scatter(2, cell, torch.where(left > 0, left.log(), LOW))
+    scores = (scores + log_left).unflatten(2, (m, -1))
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.softmax(-1)  # (b, blocks, m, cells of a cluster)
+    log_mass = torch.where(highest > LOW / 2, highest - weights.amax(-1, keepdim=True).log(), LOW).mT
+    far = (weights.transpose(1, 2) @ keys.cells.unflatten(1, (m, -1))).transpose(1, 2)  # (b, blocks, m, d + v)
+    far_logits = (q - mean[:, :, None]) @ far[..., :d].mT + log_mass
+
+    t = logits.shape[-1]
+    reads = F.dropout(torch.cat([logits, far_logits], -1).softmax(-1), options.dropout_p)
+    return reads[..., :t] @ exact[..., d:] + reads[..., t:] @ far[..., d:]
+
+
+def read_all(
+    q: Float[Tensor, "b blocks block d"],
+    before: Int[Tensor, "b blocks"],
+    k: Float[Tensor, "b s d"],
+    v: Float[Tensor, "b s v"],
+    tree: Tree,
+    options: Options,
+) -> Float[Tensor, "b blocks block v"]:
+    """The same for few keys, without lists. With c the cluster of key j, the softmax over Ω and the clusters is one of
+
+        q̄·k_j + (q - q̄)·k_j    j in Ω
+        q̄·k_j + (q - q̄)·k_c    other j
+
+    over all keys: a cluster's weight goes to its keys in proportion to w_j.
+    """
+    m = options.num_landmarks
+    k, v = rows(k, tree.tokens), rows(v, tree.tokens)
+    with torch.no_grad():
+        near = choose_of_all(q, before, k, tree, options.top_k, options.window)
+    mean = q.mean(2)
+    scores = mean @ k.mT  # (b, blocks, slots): log w_j
+    if tree.exists is not None:
+        scores = scores.masked_fill(~tree.exists[:, None], LOW)
+    among = scores.masked_fill(near, LOW).unflatten(2, (-1, m)).softmax(2)  # w_j / mass_c, j not in Ω
+    steps = ((q - mean[:, :, None]).flatten(1, 2) @ k.mT).view(*q.shape[:3], -1, m)  # (q - q̄)·k_j, by place in cluster
+    far = (steps * among[:, :, None]).sum(3, keepdim=True)  # (q - q̄)·k_c
+    exact = near.unflatten(2, (-1, m))[:, :, None]
+    reads = (torch.where(exact, steps, far) + scores.unflatten(2, (-1, m))[:, :, None]).flatten(3).softmax(-1)
+    if options.dropout_p:
+        ones = torch.ones_like(steps)
+        kept = (F.dropout(x, options.dropout_p) for x in (ones, ones[:, :, :, :1]))
+        reads = reads * torch.where(exact, *kept).flatten(3)
+    return (reads.flatten(1, 2) @ v).view(*q.shape[:3], -1)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 LEAVES = 8
 """Leaves in a cluster (count, a power of two)."""
+CELLS = 4
+"""Cells in a leaf (count)."""
 COORDINATES = 24
 """Principal coordinates that the tree splits by and that keys are chosen by (count)."""
 SAMPLE = 64
@@ -30,11 +32,29 @@ class Tree(NamedTuple):
     """The r directions in which the keys vary most."""
     total: Int[Tensor, "b2 1"]
     """Tokens that take part (count)."""
+    fewest: int
+    """Tokens that take part in the smallest set, where that is known; otherwise s (count)."""
     leaf: int
-    """Slots in a leaf (count)."""
+    """Slots in a leaf (count); 0 for a tree without leaves."""
+
+    def split(self, number: int) -> list["Tree"]:
+        """The trees of so many sets of keys at a time."""
+        trees = []
+        for first in range(0, max(1, len(self.tokens)), number):
+            part = slice(first, first + number)
+            exists, total = (x if x is None or len(x) == 1 else x[part] for x in (self.exists, self.total))
+            trees.append(self._replace(tokens=self.tokens[part], exists=exists, axes=self.axes[part], total=total))
+        return trees
 
 
-def grow(keys: Float[Tensor, "b s d"], num_clusters: int, counts: Int[Tensor, " b"] | None) -> Tree:
+def grow(
+    keys: Float[Tensor, "b s d"],
+    num_clusters: int,
+    counts: Int[Tensor, " b"] | None,
+    fewest: int | None = None,
+    *,
+    leaves: bool = True,
+) -> Tree:
     """Halve the keys again and again, each group where it is widest, into clusters and then into leaves.
 
     Principal axes of all keys stand in for those of each group. Time O(b s (d² + log² s)), memory O(b s r).
@@ -43,6 +63,8 @@ def grow(keys: Float[Tensor, "b s d"], num_clusters: int, counts: Int[Tensor, " 
         keys: sets of tokens.
         num_clusters: m (count).
         counts: how many keys of each set are real, from the first on; None: all.
+        fewest: the least of these counts, where that is known.
+        leaves: whether to divide clusters. Otherwise the first key of every cluster comes first, then every second.
     """
     b, s, _ = keys.shape
     device = keys.device
@@ -54,33 +76,34 @@ def grow(keys: Float[Tensor, "b s d"], num_clusters: int, counts: Int[Tensor, " 
     flat, r = x.flatten(), x.shape[-1]
     offset = (torch.arange(b, device=device) * s)[:, None, None]
     order = torch.arange(s, device=device).expand(b, s)
-    for bounds in _levels(num_clusters):
+    for bounds in _levels(num_clusters, leaves):
         group, exists = _slots(bounds, num_leaves, total, s, full)  # (b2, groups, size): places in the order
         tokens = _take(order, group)
-        step = max(1, group.shape[-1] // SAMPLE)
-        near = rows(x, tokens[..., ::step])  # (b, groups, sampled, r)
-        if exists is None:
-            spread = near.square().mean(2) - near.mean(2).square()
-        else:
-            weight = exists[..., ::step, None]
-            number = weight.sum(2).clamp_min(1)
-            near = near * weight
-            spread = near.square().sum(2) / number - (near.sum(2) / number).square()
-        axis = spread.argmax(-1)  # (b, groups)
+        widest = max(stop - start for start, stop in pairwise(bounds))
+        axis = _spread(x, tokens, exists, -(-widest * total // num_leaves)).argmax(-1)  # (b, groups)
         place = flat.index_select(0, ((tokens + offset) * r + axis[..., None]).flatten()).view(tokens.shape)
         if exists is not None:
             place = place.masked_fill(~exists, torch.inf)
         tokens = tokens.gather(-1, place.argsort(-1))
         order = _close_up(tokens, bounds, num_leaves, total, s) if exists is not None else tokens.flatten(1)
-    leaf = slots_per_leaf(s, num_clusters)
-    group, exists = _slots(list(range(num_leaves + 1)), num_leaves, total, s, full, leaf)
-    return Tree(_take(order, group).flatten(1), None if exists is None else exists.flatten(1), axes, total, leaf)
+    leaf = slots_per_leaf(s, num_clusters) if leaves else 0
+    ends = list(range(0, num_leaves + 1, 1 if leaves else LEAVES))
+    group, exists = _slots(ends, num_leaves, total, s, full, leaf or None)
+    if not leaves:
+        group, exists = group.mT, None if exists is None else exists.mT
+    exists = None if exists is None else exists.flatten(1)
+    return Tree(_take(order, group).flatten(1), exists, axes, total, s if fewest is None else fewest, leaf)
 
 
 def slots_per_leaf(s: int, num_clusters: int) -> int:
     """Slots in a leaf: as many as s keys need, and above 4 a multiple of 4."""
     size = -(-s // (LEAVES * num_clusters))
     return size if size <= 4 else -(-size // 4) * 4
+
+
+def keys_per_cell(s: int, num_clusters: int) -> int:
+    """Slots in a cell (count)."""
+    return max(1, slots_per_leaf(s, num_clusters) // CELLS)
 
 
 def rows(table: Float[Tensor, "b s w"], index: Int[Tensor, "b ..."]) -> Float[Tensor, "b ... w"]:
@@ -108,12 +131,37 @@ def _principal(
     return x @ axes, axes
 
 
-def _levels(num_clusters: int) -> list[list[int]]:
+def _spread(
+    x: Float[Tensor, "b s r"],
+    tokens: Int[Tensor, "b groups size"],
+    exists: Bool[Tensor, "b2 groups size"] | None,
+    widest: Int[Tensor, "b2 1"],
+) -> Float[Tensor, "b groups r"]:
+    """The variance of each group's tokens, read off some of them, in each coordinate.
+
+    Which ones follows from `widest`, the tokens of the set's largest group (count), and not from the slots.
+    """
+    size = tokens.shape[-1]
+    if exists is None:
+        near = rows(x, tokens[..., :: max(1, size // SAMPLE)])  # (b, groups, sampled, r)
+        return near.square().mean(2) - near.mean(2).square()
+    if size >= 2 * SAMPLE:
+        place = torch.arange(2 * SAMPLE, device=x.device) * (widest // SAMPLE).clamp_min(1)  # (b2, sampled)
+        inside = (place < widest)[:, None]
+        place = place.clamp_max(size - 1)[:, None]
+        tokens = tokens.gather(2, place.expand(*tokens.shape[:2], -1))
+        exists = exists.gather(2, place.expand(*exists.shape[:2], -1)) & inside
+    near = rows(x, tokens) * exists[..., None]
+    number = exists.sum(2).clamp_min(1)[..., None]
+    return near.square().sum(2) / number - (near.sum(2) / number).square()
+
+
+def _levels(num_clusters: int, leaves: bool) -> list[list[int]]:
     """The groups to halve, level by level, as bounds counted in leaves."""
     levels = []
     for level in range((num_clusters - 1).bit_length()):
         levels.append([LEAVES * (j * num_clusters // 2**level) for j in range(2**level + 1)])
-    for level in range((LEAVES - 1).bit_length()):
+    for level in range((LEAVES - 1).bit_length() if leaves else 0):
         span = LEAVES >> level
         levels.append(list(range(0, LEAVES * num_clusters + 1, span)))
     return levels

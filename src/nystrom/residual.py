@@ -9,12 +9,12 @@ The keys are put into m clusters of near ones (_tree.py). The queries of a block
         logit of a query q for c:  log mass_c + (q - q̄)·k_c
 
 At q = q̄ this logit has the value and the slope of log Σ exp(q·k_j). The weights are positive and sum to one, and the
-result is exact where Ω is every key, or every cluster is a single key. From 32 m keys on, cells of a few near keys
-enter these sums as one. The choice of keys is not differentiated; everything else is.
+result is exact where Ω is every key, or every cluster is a single key: softmax attention, and where the sizes alone
+make it so it is computed as that. From 32 m keys on, cells of a few near keys enter these sums as one. The choice of
+keys is not differentiated; everything else is.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +23,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nystrom import _cpu
-from nystrom._choice import LOW, Keys, choose, lay_out
+from nystrom._choice import LOW, Options, num_candidates, read_heads
 from nystrom._opaque import in_compile, opaque
 from nystrom._precision import full_precision
-from nystrom._tree import Tree, grow, rows
+from nystrom._tree import grow, keys_per_cell, rows
 from nystrom._validate import check_attention_inputs, check_options, check_token_mask, key_padding_mask
 
-CPU_BLOCKS = 32
-"""Blocks at a time (count): their short lists then stay in a core's cache."""
+CACHE = 2**20
+"""Numbers in the short lists at a time, on a CPU: about what stays in its cache."""
 NUMBERS = 2**27
-"""Numbers in the short lists at a time, on other devices: half a GiB in float32."""
-
-
-class Options(NamedTuple):
-    """Sizes (counts) and dropout, as `residual_nystrom_attention` takes them."""
-
-    num_landmarks: int
-    top_k: int
-    window: int
-    block: int
-    dropout_p: float
+"""The same on other devices: half a GiB in float32."""
+KEPT = 2**25
+"""Numbers in all short lists up to which they are kept for the backward pass, and not made again."""
+ALIKE = 32
+"""Tokens by which samples differ at most that are worked through together (count)."""
 
 
 def residual_nystrom_attention(
@@ -65,7 +59,9 @@ def residual_nystrom_attention(
 
     Several times closer to exact attention than `nystrom_attention`, at several times its cost: per query
     top_k + window + num_landmarks keys. Time O(b h n (d (top_k + window + m) + log² s)), the choice of keys included.
-    Memory beyond the output is O(b h n d), in the backward pass as well: it runs each head's forward again.
+    Memory beyond the output is O(b h n d), in the backward pass as well: it runs each head's forward again, where the
+    lists are too long to be kept. Where so few keys are read one by one anyway (with the defaults, up to 96), this is
+    softmax attention by definition, and computed so.
 
     Args:
         query: as in `nystrom_attention`, and so are all that follow unless said.
@@ -85,8 +81,8 @@ def residual_nystrom_attention(
 
     Returns:
         The attended values, in value's dtype; all arithmetic is in float32 or wider. A sample without a valid key
-        gives zeros. Outside `torch.func` a sample's result is the same to the bit whatever its padding; inside, the
-        tree follows the padded length.
+        gives zeros. Outside `torch.func` padding changes a sample's result by rounding alone; inside, the cells and
+        the candidates follow the padded length.
 
     Raises:
         ValueError: a window where n differs from s; a count out of range; and as `nystrom_attention`.
@@ -108,8 +104,6 @@ def residual_nystrom_attention(
     key_mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, s)
     if query_mask is not None:
         check_token_mask("query_mask", query_mask, b, n)
-    elif n == s:
-        query_mask = key_mask
     wide = torch.promote_types(query.dtype, torch.float32)
     with full_precision(query.device):
         q = (query.to(wide) * (d**-0.5 if scale is None else scale)).unflatten(1, (g, h // g))  # (b, g, h/g, n, d)
@@ -144,67 +138,114 @@ def _samples(
 ) -> Float[Tensor, "b g r n v"]:
     """All samples; `sizes` are the options but for dropout, as an operator can take them."""
     options = Options._make([*sizes, dropout_p])
+    n, s = q.shape[3], k.shape[2]
+    same_mask = query_mask is None
+    if same_mask and n == s:
+        query_mask = key_mask
+    if _nothing_is_far(options, s, same_mask) and q.shape[:4].numel() * s <= NUMBERS:
+        return _softmax(q, k, v, query_mask, key_mask, dropout_p)
     if key_mask is None and query_mask is None:
         return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), options).view(*q.shape[:4], v.shape[3])
+    if query_mask is None:
+        query_mask = torch.ones(len(q), n, dtype=torch.bool, device=q.device)
+    if key_mask is None:
+        key_mask = torch.ones(len(q), s, dtype=torch.bool, device=q.device)
     if _cpu.eager() and len(q) and q.device.type != "meta":
-        return _sample_by_sample(q, k, v, query_mask, key_mask, options)
+        return _by_length(q, k, v, query_mask, key_mask, options)
     return _masked(q, k, v, query_mask, key_mask, options)
 
 
 _compiled = opaque("nystrom::residual_attention", _samples)
 
 
-def _sample_by_sample(
+def _nothing_is_far(options: Options, s: int, same_mask: bool) -> bool:
+    """Whether every block reads each of s keys exactly, or every cluster is one key; then also with fewer keys."""
+    missed = s
+    if options.window:  # the first block and the last miss most
+        last = (s - 1) // options.block * options.block if same_mask else s - 1
+        starts = [first - (options.window - options.block) // 2 for first in (0, last)]
+        missed = max(max(0, start) + max(0, s - start - options.window) for start in starts)
+    return missed <= options.top_k or s <= options.num_landmarks
+
+
+def _softmax(
     q: Float[Tensor, "b g r n d"],
     k: Float[Tensor, "b g s d"],
     v: Float[Tensor, "b g s v"],
     query_mask: Bool[Tensor, "b n"] | None,
     key_mask: Bool[Tensor, "b s"] | None,
+    dropout_p: float,
+) -> Float[Tensor, "b g r n v"]:
+    """Softmax attention. Written out, as torch's own has no second derivatives on a CPU, nor is it faster here."""
+    if query_mask is not None:
+        q = q.masked_fill(~query_mask[:, None, None, :, None], 0.0)
+    if key_mask is not None:  # zeros, as a masked token may hold NaN, and a sample may have no other
+        k, v = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (k, v))
+    logits = q.flatten(2, 3) @ k.mT
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], LOW)
+    out = (F.dropout(logits.softmax(-1), dropout_p) @ v).unflatten(2, q.shape[2:4])
+    return out if query_mask is None else out.masked_fill(~query_mask[:, None, None, :, None], 0.0)
+
+
+def _by_length(
+    q: Float[Tensor, "b g r n d"],
+    k: Float[Tensor, "b g s d"],
+    v: Float[Tensor, "b g s v"],
+    query_mask: Bool[Tensor, "b n"],
+    key_mask: Bool[Tensor, "b s"],
     options: Options,
 ) -> Float[Tensor, "b g r n v"]:
-    """Each sample without its masked tokens: nothing can depend on them, nor on batch mates."""
-    b, g, r, n, _ = q.shape
-    s = k.shape[2]
-    samples = []
-    for i in range(b):
-        queries = torch.arange(n, device=q.device) if query_mask is None else query_mask[i].nonzero().squeeze(1)
-        keys = torch.arange(s, device=q.device) if key_mask is None else key_mask[i].nonzero().squeeze(1)
-        out = v.new_zeros(g, r, n, v.shape[3])
-        if len(queries) and len(keys):
-            before = torch.searchsorted(keys, queries[:: options.block].contiguous())  # keys before each block
-            read = _attend(q[i][:, :, queries], k[i][:, keys], v[i][:, keys], options, before.expand(g, -1))
-            out = out.index_copy(2, queries, read)
-        samples.append(out)
-    return torch.stack(samples)
+    """Samples of about the same length together, so that few slots are empty and a cell has no empty ones."""
+    lengths = list(zip(key_mask.sum(1).tolist(), query_mask.sum(1).tolist(), strict=True))
+    order = sorted((i for i, pair in enumerate(lengths) if min(pair)), key=lengths.__getitem__)
+    outs, place = [], torch.full((len(q),), len(order), device=q.device)  # the last: zeros
+    while order:
+        group = sorted(i for i in order if _alike(lengths[i], lengths[order[0]], options.num_landmarks))
+        order = [i for i in order if i not in group]
+        index = torch.tensor(group, device=q.device)
+        place[index] = torch.arange(len(group), device=q.device) + sum(len(out) for out in outs)
+        parts = q, k, v, query_mask, key_mask
+        if len(group) < len(q):
+            parts = (x.index_select(0, index) for x in parts)
+        keys, queries = zip(*(lengths[i] for i in group), strict=True)
+        outs.append(_masked(*parts, options=options, lengths=(max(queries), max(keys), min(keys))))
+    return torch.cat([*outs, v.new_zeros(1, *q.shape[1:4], v.shape[3])]).index_select(0, place)
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int], num_clusters: int) -> bool:
+    """Whether samples of so many keys and queries are near in length and have cells of the same size."""
+    near = all(abs(x - y) < ALIKE for x, y in zip(one, other, strict=True))
+    return near and keys_per_cell(one[0], num_clusters) == keys_per_cell(other[0], num_clusters)
 
 
 def _masked(
     q: Float[Tensor, "b g r n d"],
     k: Float[Tensor, "b g s d"],
     v: Float[Tensor, "b g s v"],
-    query_mask: Bool[Tensor, "b n"] | None,
-    key_mask: Bool[Tensor, "b s"] | None,
+    query_mask: Bool[Tensor, "b n"],
+    key_mask: Bool[Tensor, "b s"],
     options: Options,
+    lengths: tuple[int, int, int] | None = None,
 ) -> Float[Tensor, "b g r n v"]:
-    """The same without a loop over samples: valid tokens first, the rest as empty slots."""
-    b, g, r, n, d = q.shape
-    s = k.shape[2]
-    if query_mask is None:
-        query_mask = torch.ones(b, n, dtype=torch.bool, device=q.device)
-    if key_mask is None:
-        key_mask = torch.ones(b, s, dtype=torch.bool, device=q.device)
-    queries, keys = _valid_first(query_mask), _valid_first(key_mask)
-    real = torch.arange(n, device=q.device).minimum((query_mask.sum(1, keepdim=True) - 1).clamp_min(0))
-    chosen = queries.gather(1, real)  # after the last real query comes that query again, as in `_attend`
-    q = q.gather(3, chosen[:, None, None, :, None].expand(b, g, r, n, d))
-    k, v = (x.gather(2, keys[:, None, :, None].expand_as(x)) for x in (k, v))
-    before = torch.zeros_like(chosen[:, :: options.block])
-    if n == s:
-        before = (key_mask.cumsum(1) - key_mask.long()).gather(1, chosen[:, :: options.block])
-    counts = key_mask.sum(1)
-    each = (x.repeat_interleave(g, dim=0) for x in (before, counts))
-    out = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), options, *each).unflatten(0, (b, g))
-    out = torch.zeros_like(out).scatter(3, queries[:, None, None, :, None].expand_as(out), out)
+    """Valid tokens first, and empty slots for the rest, as samples differ in length.
+
+    `lengths` are the most queries that a sample has, and the most and the fewest keys (counts), where they are known.
+    """
+    b, g, r, n, _ = q.shape
+    most_queries, most_keys, fewest = lengths or (n, k.shape[2], None)
+    queries, keys = _valid_first(query_mask)[:, :most_queries], _valid_first(key_mask)[:, :most_keys]
+    last = (query_mask.sum(1, keepdim=True) - 1).clamp_min(0)
+    queries = queries.gather(1, torch.arange(most_queries, device=q.device).minimum(last))  # repeated, as in `_attend`
+    before = torch.zeros_like(queries[:, :: options.block])
+    if n == key_mask.shape[1]:
+        before = (key_mask.cumsum(1) - key_mask.long()).gather(1, queries[:, :: options.block])
+    q = rows(q.flatten(0, 2), queries.repeat_interleave(g * r, dim=0)).unflatten(0, (b * g, r))
+    k, v = (rows(x.flatten(0, 1), keys.repeat_interleave(g, dim=0)) for x in (k, v))
+    counts = None if fewest == most_keys else key_mask.sum(1).repeat_interleave(g)
+    out = _attend(q, k, v, options, before.repeat_interleave(g, dim=0), counts, fewest).flatten(0, 1)
+    place = (query_mask.cumsum(1) - 1).clamp_min(0).repeat_interleave(g * r, dim=0)
+    out = rows(out, place).unflatten(0, (b, g, r))
     seen = (query_mask & key_mask.any(1, keepdim=True))[:, None, None, :, None]
     return torch.where(seen, out, 0.0)
 
@@ -223,78 +264,30 @@ def _attend(
     options: Options,
     before: Int[Tensor, "b blocks"] | None = None,
     counts: Int[Tensor, " b"] | None = None,
+    fewest: int | None = None,
 ) -> Float[Tensor, "b r n v"]:
     """Cut queries into blocks and read the keys, a few heads at a time."""
     b, r, n, d = q.shape
-    blocks = -(-n // options.block)
-    if n % options.block:  # fill the last block with its last query
-        q = q[:, :, torch.arange(blocks * options.block, device=q.device).clamp_max(n - 1)]
-    q = q.unflatten(2, (blocks, options.block)).flatten(1, 2)  # (b, r blocks, block, d)
+    s, size = k.shape[1], options.block
+    blocks = -(-n // size)
+    if n % size:  # fill the last block with its last query
+        q = q[:, :, torch.arange(blocks * size, device=q.device).clamp_max(n - 1)]
+    q = q.unflatten(2, (blocks, size)).flatten(1, 2)  # (b, r blocks, block, d)
     if before is None:
-        before = (torch.arange(blocks, device=q.device) * options.block).expand(b, -1)
+        before = (torch.arange(blocks, device=q.device) * size).expand(b, -1)
     before = before.repeat(1, r)
+    m, exact = options.num_landmarks, options.top_k + options.window
+    short = s <= num_candidates(options.top_k, options.window) and keys_per_cell(s, m) == 1
     with torch.no_grad():
-        tree = grow(k.detach(), options.num_landmarks, counts)
+        tree = grow(k.detach(), m, counts, fewest, leaves=not short)
+    numbers = 2 * size * s if short else (exact + m) * (d + v.shape[2] + size)
     if not _cpu.eager():
-        out = _read(q, before, lay_out(k, v, tree), options)
+        out = read_heads(q, k, v, before, tree, options, r * blocks * b)
     else:
-        at_once = CPU_BLOCKS
-        if q.device.type != "cpu":
-            at_once = max(1, NUMBERS // ((options.top_k + options.window + options.num_landmarks) * (d + v.shape[2])))
+        at_once = max(1, (CACHE if q.device.type == "cpu" else NUMBERS) // numbers)
         heads = max(1, at_once // (r * blocks))
-        again = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        read = partial(checkpoint, _heads, use_reentrant=False) if again else _heads
-        parts = (slice(i, i + heads) for i in range(0, max(1, b), heads))
-        outs = [read(q[i], k[i], v[i], before[i], _of_heads(tree, i), options, at_once) for i in parts]
-        out = torch.cat(outs)
+        again = b * r * blocks * numbers > KEPT and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        work = partial(checkpoint, read_heads, use_reentrant=False) if again else read_heads
+        parts = zip(*(x.split(heads) for x in (q, k, v, before)), tree.split(heads), strict=True)
+        out = torch.cat([work(*part, options=options, at_once=at_once) for part in parts])
     return out.unflatten(1, (r, blocks)).flatten(2, 3)[:, :, :n]
-
-
-def _of_heads(tree: Tree, part: slice) -> Tree:
-    exists, total = (x if x is None or len(x) == 1 else x[part] for x in (tree.exists, tree.total))
-    return tree._replace(tokens=tree.tokens[part], exists=exists, axes=tree.axes[part], total=total)
-
-
-def _heads(
-    q: Float[Tensor, "b blocks block d"],
-    k: Float[Tensor, "b s d"],
-    v: Float[Tensor, "b s v"],
-    before: Int[Tensor, "b blocks"],
-    tree: Tree,
-    options: Options,
-    at_once: int,
-) -> Float[Tensor, "b blocks block v"]:
-    """Some heads, `at_once` blocks at a time."""
-    keys = lay_out(k, v, tree)
-    step = max(1, at_once // max(1, len(q)))
-    parts = (slice(i, i + step) for i in range(0, q.shape[1], step))
-    return torch.cat([_read(q[:, i], before[:, i], keys, options) for i in parts], 1)
-
-
-def _read(
-    q: Float[Tensor, "b blocks block d"], before: Int[Tensor, "b blocks"], keys: Keys, options: Options
-) -> Float[Tensor, "b blocks block v"]:
-    """One softmax per query over its block's exact keys and the clusters without them."""
-    d, m = q.shape[3], options.num_landmarks
-    with torch.no_grad():
-        near, there = choose(q, before, keys, options.top_k, options.window)
-    exact = rows(keys.table, near)  # (b, blocks, t, d + v)
-    logits = (q @ exact[..., :d].mT).masked_fill(~there[:, :, None], LOW)  # (b, blocks, block, t)
-
-    mean = q.mean(2)
-    scores = mean @ keys.cells[..., :d].mT + keys.log_counts[:, None]  # (b, blocks, cells): log w_j, of a whole cell
-    cell = near // (keys.table.shape[1] // keys.cells.shape[1])
-    with torch.no_grad():  # the part of each cell that is left without the exact keys
-        counts = keys.log_counts.exp().round()[:, None].expand(scores.shape)
-        left = counts.scatter_add(2, cell, -there.to(q.dtype)).gather(2, cell) / counts.gather(2, cell).clamp_min(1)
-        log_left = torch.zeros_like(scores).scatter(2, cell, torch.where(left > 0, left.log(), LOW))
-    scores = (scores + log_left).unflatten(2, (m, -1))
-    highest = scores.amax(-1, keepdim=True)
-    weights = scores.softmax(-1)  # (b, blocks, m, cells of a cluster)
-    log_mass = torch.where(highest > LOW / 2, highest - weights.amax(-1, keepdim=True).log(), LOW).mT
-    far = (weights.transpose(1, 2) @ keys.cells.unflatten(1, (m, -1))).transpose(1, 2)  # (b, blocks, m, d + v)
-    far_logits = (q - mean[:, :, None]) @ far[..., :d].mT + log_mass
-
-    t = logits.shape[-1]
-    reads = F.dropout(torch.cat([logits, far_logits], -1).softmax(-1), options.dropout_p)
-    return reads[..., :t] @ exact[..., d:] + reads[..., t:] @ far[..., d:]
