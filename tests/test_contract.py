@@ -46,7 +46,7 @@ ORDER = [
     "environment",
     "runs",
     "metrics",
-    "checkpoint",
+    "presets",
     "models",
     "hf",
     "training",

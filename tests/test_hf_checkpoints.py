@@ -377,7 +377,7 @@ def test_longer_positions_read_longer_inputs(how, kind, folder, tmp_path):
     model.save_transformers(tmp_path / "back")
     back = transformers.NystromformerForMaskedLM.from_pretrained(tmp_path / "back")
     if kind == "exact":
-        torch.testing.assert_close(back(long).logits, model(long).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back(long).logits, model(long).logits, rtol=1e-4, atol=1e-4)  # float32
 
 
 def test_refuses_to_shorten_positions(folder):

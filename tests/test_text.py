@@ -1,5 +1,6 @@
 """Text files to blocks: nothing lost, nothing shared between the splits, bad input named."""
 
+import gzip
 import random
 import shutil
 from pathlib import Path
@@ -12,34 +13,39 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PerceiverTokenizer, PreTrainedTokenizerFast
 
 from nystrom.data import text
-from nystrom.data.text import Span, blocks, check_text, from_random_place, make_encode, read_pieces, split, text_files
+from nystrom.data.packing import blocks, make_encode
+from nystrom.data.text import Span, check_text, from_random_place, read_pieces, split, text_files
 
 BYTES = PerceiverTokenizer()
 SEPARATOR = BYTES.sep_token_id
 
 
-def spans_of(folder, *contents: str) -> list[Span]:
+def spans_of(folder, *contents: str, suffix: str = ".txt") -> list[Span]:
     for i, content in enumerate(contents):
-        (folder / f"{i}.txt").write_bytes(content.encode())
-    return [check_text(folder / f"{i}.txt") for i in range(len(contents))]
+        with open_bytes(folder / f"{i}{suffix}", "wb") as file:
+            file.write(content.encode())
+    return [check_text(folder / f"{i}{suffix}") for i in range(len(contents))]
+
+
+def open_bytes(path: Path, mode: str):
+    return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
 
 
 @given(
     documents=st.lists(st.text(min_size=1, alphabet="ab\n é漢😀"), min_size=1, max_size=5),
     length=st.integers(1, 40),
     chunk=st.integers(4, 20),
+    suffix=st.sampled_from([".txt", ".txt.gz"]),
 )
 @settings(max_examples=100, deadline=None)
-def test_blocks_hold_every_byte_once_in_order(tmp_path_factory, documents, length, chunk):
-    spans = spans_of(tmp_path_factory.mktemp("text"), *documents)
+def test_blocks_hold_every_byte_once_in_order(tmp_path_factory, documents, length, chunk, suffix):
+    spans = spans_of(tmp_path_factory.mktemp("text"), *documents, suffix=suffix)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "CHUNK", chunk)  # many pieces per file
         made = list(blocks([spans], make_encode(BYTES), SEPARATOR, length))
     assert all(len(block["input_ids"]) == length for block in made[:-1])
     stream = np.concatenate([block["input_ids"] for block in made])
-    marks = np.concatenate([block["special_tokens_mask"] for block in made])
-    assert (marks == (stream == SEPARATOR)).all()
-    whole = bytes(sep_or_byte for sep_or_byte in np.where(marks == 1, 0, stream - 6).astype(np.uint8))
+    whole = bytes(np.where(stream == SEPARATOR, 0, stream - 6).astype(np.uint8))
     want = b"".join(document.encode() + b"\0" for document in documents)
     assert whole == want or whole + b"\0" == want  # a last block that is only a separator is not made
 
@@ -47,8 +53,15 @@ def test_blocks_hold_every_byte_once_in_order(tmp_path_factory, documents, lengt
 def test_fast_bytes_are_the_tokenizers_own_ids():
     sample = "naïve 漢字 😀\n\tx = 1\n"
     slow = BYTES(sample, add_special_tokens=False)["input_ids"]
-    assert make_encode(BYTES)(sample).tolist() == slow
+    assert make_encode(BYTES)(sample)[0].tolist() == make_encode(BYTES, whole_words=True)(sample)[0].tolist() == slow
     assert BYTES.decode(slow) == sample
+
+
+def test_with_documents_apart_no_block_holds_two(tmp_path):
+    spans = spans_of(tmp_path, "a" * 7, "b" * 4, "c" * 3)
+    made = [block["input_ids"] for block in blocks([spans], make_encode(BYTES), SEPARATOR, 4, "documents")]
+    texts = [bytes(np.where(ids == SEPARATOR, 0, ids - 6).astype(np.uint8)) for ids in made]
+    assert texts == [b"aaaa", b"aaa\0", b"bbbb", b"ccc\0"]  # a block of nothing but the separator is not made
 
 
 def test_shards_are_packed_apart(tmp_path):
@@ -107,8 +120,8 @@ def test_specials_written_in_a_text_stay_text():
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]", sep_token="[SEP]")
     assert tokenizer("a [MASK]")["input_ids"] == [6, 1]
-    assert make_encode(tokenizer)("a [MASK]").tolist() == [6, 3, 5, 4]
-    assert BYTES.mask_token_id not in make_encode(BYTES)("a [MASK]")
+    assert make_encode(tokenizer)("a [MASK]")[0].tolist() == [6, 3, 5, 4]
+    assert BYTES.mask_token_id not in make_encode(BYTES)("a [MASK]")[0]
 
 
 def test_a_file_named_twice_is_read_once(tmp_path):
@@ -131,6 +144,14 @@ def test_folders_are_searched_for_text(tmp_path):
     ]
 
 
+def test_latin_1_is_read_as_such(tmp_path):
+    (tmp_path / "a.txt").write_bytes("café §§§ naïve".encode("latin-1"))
+    span = check_text(tmp_path / "a.txt", "latin-1")
+    assert "".join(read_pieces(span)) == "café §§§ naïve" and span.size == 14
+    ((start,), (end,)) = split([span], 0.5)  # between two bytes that could not begin a character of UTF-8
+    assert ["".join(read_pieces(part)) for part in (start, end)] == ["café §§", "§ naïve"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -146,6 +167,13 @@ def test_bad_files_are_named(tmp_path, monkeypatch, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         check_text(tmp_path / "bad.txt")
+
+
+@pytest.mark.parametrize("damage", [lambda packed: b"plain text", lambda packed: packed[:-12]])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    (tmp_path / "bad.txt.gz").write_bytes(damage(gzip.compress(b"some text " * 100)))
+    with pytest.raises(ValueError, match=r"bad\.txt\.gz: not a gzip file, or a damaged one"):
+        check_text(tmp_path / "bad.txt.gz")
 
 
 def test_missing_and_textless_paths_are_named(tmp_path):

@@ -16,9 +16,9 @@ matplotlib.use("agg")  # files only; a window needs a screen
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
+from nystrom import runs
 from nystrom.bench import memory, speed
 from nystrom.bench.lines import Grid, show
-from nystrom.data.text import read_pieces
 from nystrom.environment import describe
 from nystrom.recipes import fill_mask, pretrain
 from nystrom.recipes.pretrain import Pretrain
@@ -50,7 +50,7 @@ def run(config: Demo) -> None:
             )
         shutil.rmtree(model_folder)
     config.out.mkdir(parents=True, exist_ok=True)
-    pretrain.write_json(numbers, {"finished": False})  # from here on the folder is a demo's
+    runs.write_json(numbers, {"finished": False})  # from here on the folder is a demo's
     training = Pretrain(
         out=model_folder,
         length=config.length,
@@ -66,18 +66,19 @@ def run(config: Demo) -> None:
         dropout=0.0,
         conv_kernel_size=5,
         num_landmarks=32,
+        precision="float32",
     )
     print(f"1. Pretraining a byte-level model with Nyström attention at length {config.length}\n", flush=True)
     metrics = pretrain.train(training)
     print_accuracy(metrics)
     print("\n2. Filling masks in a line of a held-out file\n")
-    filled = fill_a_real_line(training)
+    filled = fill_a_real_line(config, training)
     print("\n3. Exact against Nyström attention: forward pass, 4 heads of 64, 64 landmarks\n", flush=True)
     cost = measure_cost(config)
     plot_loss(metrics, config.out / "loss.png")
     plot_cost(cost, config.out / "cost.png")
     measured = {"training": metrics, "filled": filled, "cost": cost}
-    pretrain.write_json(numbers, {"finished": True, "environment": describe(), **measured})
+    runs.write_json(numbers, {"finished": True, "environment": describe(), **measured})
     print(f"\nWrote {config.out}/loss.png, cost.png, demo.json and model/")
 
 
@@ -93,13 +94,14 @@ def print_accuracy(metrics: dict[str, Any]) -> None:
     )
 
 
-def fill_a_real_line(training: Pretrain) -> dict[str, Any]:
+def fill_a_real_line(config: Demo, training: Pretrain) -> dict[str, Any]:
     """Mask every seventh byte of the first long `def` line of the held-out files; the text before it is context."""
     _, held_out = pretrain.corpus(training)
     candidates = (
         (text, line)
-        for span in held_out
-        for text in read_pieces(span)
+        for source in held_out
+        for document in source.documents()
+        for text in document
         for line in text.splitlines()
         if line.lstrip().startswith("def ") and 50 <= len(line) <= 75 and line.isascii()
     )
@@ -108,7 +110,7 @@ def fill_a_real_line(training: Pretrain) -> dict[str, Any]:
         raise ValueError("no held-out file of this Python holds a 'def' line of 50 to 75 letters to mask")
     places = range(len(line) - len(line.lstrip()) + 5, len(line), 7)
     masked = "".join("[MASK]" if i in places else letter for i, letter in enumerate(line))
-    before = text[: text.index(line)].encode()[-(training.length // 2) :].decode(errors="ignore")
+    before = text[: text.index(line)].encode()[-(config.length // 2) :].decode(errors="ignore")
     model, tokenizer = fill_mask.load(training.out)
     answer = fill_mask.fill(model, tokenizer, before + masked).text[-len(line) :]
     right = sum(answer[i] == line[i] for i in places)

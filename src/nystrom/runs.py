@@ -11,7 +11,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 COMPLETE = "complete"
 """File in a checkpoint, written after all others."""
+FULL_DISK = ("No space left on device", "Disk quota exceeded")
+BLOCK = 2**16
+"""Less room than this (bytes) is none: torch's errors of a full disk do not say so."""
 
 
 def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int = 0) -> None:
@@ -33,31 +37,34 @@ def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int 
 
     Args:
         out: the run's folder.
-        config: its settings; but for `resume` a resumed run keeps them.
+        config: its settings; a resumed run keeps them.
         resume: whether to go on with the run in `out`.
         needed: bytes that the run will write, about.
 
     Raises:
         FileExistsError: out is not an empty folder, and resume is off.
         FileNotFoundError: there is no run to resume.
-        ValueError: it had other settings.
+        ValueError: it had other settings; its run.json is damaged.
         OSError: out cannot be written, or the disk has no room.
     """
     if resume:
         check_same(out, config)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists and is not an empty folder; pass another --out, or --resume")
-    folder = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{out}: {folder} is not a folder; pass another --out")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(f"{out}: cannot be written: {error.strerror or error}; pass another --out") from None
+    held = sum(path.stat().st_size for path in out.rglob("*")) if resume else 0
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if free < needed - held:
         raise OSError(
-            f"{out}: the run needs about {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left; make "
-            "room or pass another --out"
+            f"{out}: the run needs about {(needed - held) / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB "
+            "left; make room or pass another --out"
         )
 
 
@@ -65,9 +72,10 @@ def check_same(out: Path, config: "DataclassInstance") -> None:
     """Raise unless `out` holds a run with these settings."""
     if not (out / "run.json").is_file():
         raise FileNotFoundError(f"{out}: no run to resume (run.json is missing); leave out --resume to start one")
-    before = json.loads((out / "run.json").read_text())["config"]
+    before = read_json(out / "run.json").get("config", {})
     now = json.loads(json.dumps(asdict(config), default=str))
-    names = [name for name in {**before, **now} if name != "resume" and before.get(name) != now.get(name)]
+    free = ("out", "resume", "dry_run")  # the folder may have been moved
+    names = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
     changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names]
     if changed:
         raise ValueError(f"{out}: a resumed run keeps its settings: {'; '.join(changed)}; pass the first ones")
@@ -78,7 +86,7 @@ def start(out: Path, recipe: str, config: "DataclassInstance") -> None:
     out.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"recipe": recipe, "config": asdict(config), "environment": describe()}
     if (out / "run.json").is_file():
-        about = json.loads((out / "run.json").read_text())
+        about = read_json(out / "run.json")
         about.setdefault("resumed", []).append(describe())
     write_json(out / "run.json", about)
 
@@ -90,15 +98,55 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a run holds.
+
+    Raises:
+        ValueError: it is not a JSON object; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is not UTF-8
+        raise ValueError(f"{path}: damaged: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged: got {content!s:.60}, not a JSON object")
+    return content
+
+
 def resume_point(out: Path) -> Path | None:
     """The last whole checkpoint, None where there is none; removes those that were cut off while they were written."""
-    whole = []
-    for folder in out.glob("checkpoint-*"):
-        if (folder / COMPLETE).is_file():
-            whole.append(folder)
-        else:
-            shutil.rmtree(folder)
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():  # of several processes one removes, and no other looks before
+        whole = []
+        for folder in out.glob("checkpoint-*"):
+            if (folder / COMPLETE).is_file():
+                whole.append(folder)
+            else:
+                shutil.rmtree(folder)
     return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def remove_checkpoints(out: Path) -> None:
+    """A finished run needs none."""
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def full_disk_told(out: Path) -> Iterator[None]:
+    """Raise OSError, with what to do, for any error of a full disk: those of torch and safetensors are no OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(out).free
+        full = free < BLOCK or any(words in str(error) for words in FULL_DISK)
+        if isinstance(error, ValueError) or not full:
+            raise
+        raise OSError(
+            f"{out}: the disk is full ({free / 2**20:.1f} MiB left); make room, then go on from the last checkpoint "
+            "with --resume"
+        ) from error
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

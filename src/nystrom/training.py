@@ -1,28 +1,36 @@
 """What our recipes add to transformers' Trainer: whole checkpoints, time, order. Imports transformers."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from nystrom.runs import COMPLETE
 
+TIMES = ("runtime", "samples_per_second", "steps_per_second")
+"""What transformers adds to the scores of an evaluation."""
+
 
 class MarkComplete(TrainerCallback):
     """Leave a mark in every checkpoint once all of it is written: a run that is killed meanwhile does not use it."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # each process has written its state of the random numbers
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds spent in training steps, evaluation and saving not counted, those before a resume included."""
+    """Seconds spent in training steps, evaluation and saving not counted, those before a resume included; every entry
+    of the log gets them too.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -39,6 +47,9 @@ class Clock(TrainerCallback, ExportableState):
             torch.cuda.synchronize()
         self.seconds += time.monotonic() - self._begin
 
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history[-1]["seconds"] = round(self.seconds, 3)
+
 
 def clock(trainer: Trainer) -> Clock:
     """The trainer's clock; a resumed trainer has another than it was given."""
@@ -46,11 +57,17 @@ def clock(trainer: Trainer) -> Clock:
 
 
 class Progress(ProgressCallback):
-    """The loss beside the bar, instead of a line of figures at every log."""
+    """The loss beside the bar, instead of a line of figures at every log; of an evaluation a line with its scores."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        shown = [f"{name} {value:.4f}" for name, value in scores.items() if name not in TIMES]
+        if shown:
+            self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}", file=sys.stderr)
 
 
 class LengthGrouped(Sampler[int]):
@@ -93,14 +110,28 @@ class GroupedTrainer(Trainer):
 
     def __init__(self, *, lengths: Sequence[int], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._lengths = lengths
+        # Trainer takes **kwargs in a model's forward for a promise to divide its loss by all examples of the step, and
+        # scales accordingly; BERT's classifier has them and takes the mean of its batch.
+        self.model_accepts_loss_kwargs = False
+        self._order = LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
+        self.add_callback(_Epochs(self._order))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        return LengthGrouped(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
+        return self._order
+
+
+class _Epochs(TrainerCallback):
+    """Tell the order which epoch begins: accelerate does not reach it in a resumed run of several processes."""
+
+    def __init__(self, order: LengthGrouped) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.order.set_epoch(int(state.epoch))
 
 
 def show_progress(trainer: Trainer) -> None:
-    """A bar with the loss beside it, and no lines of figures."""
+    """A bar with the loss beside it, and a line for each evaluation."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())

@@ -3,13 +3,16 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from nystrom import metrics
 from nystrom.data import glue, reviews, tables
 from nystrom.data.examples import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 HOLD_OUT = "hold_out"
 
@@ -27,6 +30,19 @@ class Job(NamedTuple):
     """Scored sets by name; the first is the one that is reported."""
     predict: dict[str, list[Example]]
     """Unlabelled sets, by the name of the file that takes their predictions."""
+
+
+class Encoded(NamedTuple):
+    """The examples of a job as token ids, and labels where they have one."""
+
+    train: list[dict[str, Any]]
+    evals: dict[str, list[dict[str, Any]]]
+    predict: dict[str, list[dict[str, Any]]]
+
+    def longest(self) -> int:
+        """Length of the longest example (tokens)."""
+        sets = (self.train, *self.evals.values(), *self.predict.values())
+        return max(len(row["input_ids"]) for rows in sets for row in rows)
 
 
 def from_glue(name: str, data: Path | None, predict: bool) -> Job:
@@ -47,12 +63,16 @@ def from_reviews(data: Path | None) -> Job:
     return Job("imdb", ("negative", "positive"), ("accuracy",), train, {"test": test}, {})
 
 
-def from_tables(train: Path, scored: Path, text: str, label: str, pair: str | None, regression: bool) -> Job:
-    """Tables with these columns; scored by accuracy and F1, numbers by their correlations."""
+def from_tables(
+    name: str | None, train: Path, scored: Path, text: str, label: str, pair: str | None, regression: bool
+) -> Job:
+    """Tables with these columns; scored by accuracy and F1, numbers by their correlations. It is called by the name of
+    the first, where no other is given.
+    """
     found, labels = tables.read(train, text, label, pair, regression=regression)
     evals, _ = tables.read(scored, text, label, pair, labels=None if regression else labels, regression=regression)
     metrics = ("pearson", "spearman") if regression else ("accuracy", "f1" if len(labels) == 2 else "macro_f1")
-    return Job(train.stem, labels, metrics, found, {"eval": evals}, {})
+    return Job(name or train.name.split(".")[0], labels, metrics, found, {"eval": evals}, {})
 
 
 def limited(job: Job, train: int | None, evals: int | None) -> Job:
@@ -94,9 +114,40 @@ def _places(total: int, count: int) -> list[int]:
     return sorted(random.Random(0).sample(range(total), count))
 
 
+def encoded(job: Job, tokenizer: "PreTrainedTokenizerBase", length: int) -> Encoded:
+    """All examples, cut to the length."""
+    evals, predict = (
+        {name: _encode(tokenizer, examples, length) for name, examples in sets.items()}
+        for sets in (job.evals, job.predict)
+    )
+    return Encoded(_encode(tokenizer, job.train, length), evals, predict)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", examples: list[Example], length: int) -> list[dict[str, Any]]:
+    texts = [example.text for example in examples]
+    pairs = None if examples[0].pair is None else [cast(str, example.pair) for example in examples]
+    found = tokenizer(texts, pairs, truncation=True, max_length=length, return_attention_mask=False)
+    rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    return [
+        row if example.label is None else row | {"labels": example.label}
+        for row, example in zip(rows, examples, strict=True)
+    ]
+
+
+def num_tokens(rows: list[dict[str, Any]]) -> int:
+    """Tokens of all of these examples (count)."""
+    return sum(len(row["input_ids"]) for row in rows)
+
+
 def decide(job: Job, logits: Any) -> np.ndarray:
-    """The likeliest class of each example, or its number."""
+    """The likeliest class of each example, or its number.
+
+    Raises:
+        ValueError: what the model says is not finite.
+    """
     logits = np.asarray(logits)
+    if not np.isfinite(logits).all():
+        raise ValueError("training has diverged: the model answers NaN or infinity; lower --lr, or raise --warmup")
     return logits.argmax(-1) if job.labels else logits.reshape(len(logits))
 
 
@@ -104,6 +155,24 @@ def score(job: Job, logits: Any, labels: Any) -> dict[str, float]:
     """The task's metrics, and "score", their mean: the task's one number."""
     scores = metrics.score(job.metrics, decide(job, logits), np.asarray(labels))
     return scores | {"score": metrics.main(scores, job.metrics)}
+
+
+def score_all(job: Job, encoded: Encoded, trainer: "Trainer", out: Path) -> dict[str, float]:
+    """The scores of every set, those of all but the first under its name; predictions are written to files in `out`."""
+    main, scores = trainer.is_world_process_zero(), cast(dict[str, float], {})
+    for name, rows in encoded.evals.items():
+        answer = trainer.predict(cast(Any, rows), metric_key_prefix=name)
+        found, prefix = cast(dict[str, float], answer.metrics), f"{name}_" if scores else ""
+        scores |= {prefix + metric: found[f"{name}_{metric}"] for metric in ("score", *job.metrics, "loss")}
+        if main:
+            decided = decide(job, answer.predictions)
+            write_predictions(job, job.evals[name], decided, out / f"predictions-{name}.tsv")
+    for file, rows in encoded.predict.items():
+        answer = trainer.predict(cast(Any, rows))
+        if main:
+            indices = [example.index for example in job.predict[file]]
+            glue.write_predictions(glue.TASKS[job.task], out / file, indices, decide(job, answer.predictions))
+    return scores
 
 
 def write_predictions(job: Job, examples: list[Example], predictions: np.ndarray, path: Path) -> None:

@@ -96,20 +96,29 @@ def check_rows(path: Path, field: str, fraction: float | None) -> list[Rows]:
     return [rows._replace(part=part, threshold=threshold) for part in ("train", "held out")]
 
 
-def find_dataset(path: str, config: str | None, split: str, field: str, fraction: float | None) -> list[list[Dataset]]:
-    """A data set's shards; with a fraction those of the training rows and of the held-out ones.
+def corpus(
+    path: str, config: str | None, split: str, eval_split: str | None, field: str, fraction: float
+) -> tuple[list[Dataset], list[Dataset]]:
+    """Shards of a data set to train on, and held-out ones: those of eval_split, or None: a fraction of the rows.
 
     Raises:
         OSError: it is not to be had.
-        ValueError: it has no such column.
+        ValueError: it has no such column; the two splits are one.
     """
-    shards = open_dataset(path, config, split, field).num_shards
-    parts: tuple[Part, ...] = ("all",) if fraction is None else ("train", "held out")
-    threshold = 0 if fraction is None else round(fraction * HASHES)
-    return [
-        [Dataset(path, config, split, field, part, threshold, shard, shards) for shard in range(shards)]
-        for part in parts
-    ]
+    if split == eval_split:
+        raise ValueError(f"the held-out split must be another than the one to train on: got {split} for both")
+    if eval_split is not None:
+        return _shards(path, config, split, field), _shards(path, config, eval_split, field)
+    shards, threshold = _shards(path, config, split, field), round(fraction * HASHES)
+    train, held_out = (
+        [shard._replace(part=part, threshold=threshold) for shard in shards] for part in ("train", "held out")
+    )
+    return train, held_out
+
+
+def _shards(path: str, config: str | None, split: str, field: str) -> list[Dataset]:
+    count = open_dataset(path, config, split, field).num_shards
+    return [Dataset(path, config, split, field, shard=shard, shards=count) for shard in range(count)]
 
 
 def open_dataset(path: str, config: str | None, split: str, field: str) -> Any:

@@ -1,51 +1,66 @@
-"""Text files to fixed-length blocks of token ids, streamed: no corpus need fit in memory.
-
-files -> spans (checked, split) -> documents -> token ids -> blocks of `length`
-"""
+"""Text files, plain or gzipped, as documents: checked, split, and read in pieces, as no corpus need fit in memory."""
 
 import codecs
+import gzip
 import hashlib
 import random
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Literal, NamedTuple
 
 TEXT_SUFFIXES = frozenset(".txt .md .rst .tex .html .xml .json .csv .py .c .h .cpp .rs .js".split())
 CHUNK = 1 << 20  # bytes read at a time
 
-Encode = Callable[[str], np.ndarray]
+Encoding = Literal["utf-8", "latin-1"]
 
 
 class Span(NamedTuple):
-    """A stretch of a text file: bytes start to stop, cut where a character begins."""
+    """A stretch of a text file, which is one document: bytes start to stop, cut where a character begins."""
 
     path: str
     start: int
     stop: int
+    """Both count the bytes of the text, not those of a gzipped file."""
+    encoding: Encoding = "utf-8"
+
+    @property
+    def size(self) -> int:
+        """Bytes of text (count)."""
+        return self.stop - self.start
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """The one document, as pieces of text."""
+        yield read_pieces(self)
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:
-    """The files named, and under the folders named those with text in them and a text suffix; sorted, each once.
+    """As `find_files`, of text: the files with a text suffix in folders, and any that are named."""
+    return find_files(paths, lambda path: path.suffix.lower() in TEXT_SUFFIXES, sorted(TEXT_SUFFIXES))
+
+
+def find_files(paths: Iterable[Path], is_read: Callable[[Path], bool], suffixes: Iterable[str]) -> list[Path]:
+    """The files named, and under the folders named those that are read and not empty; sorted, each once.
+
+    Args:
+        paths: files and folders.
+        is_read: whether a file in a folder is.
+        suffixes: what the message says is read.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder holds no text file.
+        ValueError: a folder holds no such file.
     """
     files: set[Path] = set()
     for path in paths:
         if path.is_dir():
-            found = [
-                p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file() and p.stat().st_size
-            ]
+            found = [p for p in path.rglob("*") if is_read(p) and p.is_file() and p.stat().st_size]
             if not found:
-                suffixes = " ".join(sorted(TEXT_SUFFIXES))
-                raise ValueError(f"{path}: no text in this folder (suffixes read: {suffixes}); name files instead")
+                raise ValueError(
+                    f"{path}: no text in this folder (suffixes read: {' '.join(suffixes)}); name files instead"
+                )
             files.update(p.resolve() for p in found)
         elif path.exists():
             files.add(path.resolve())
@@ -71,16 +86,37 @@ def python_files() -> list[Path]:
     return files
 
 
-def check_text(path: Path) -> Span:
+def open_bytes(path: str | Path) -> BufferedIOBase:
+    """The file's bytes, unpacked where its name ends with .gz."""
+    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
+
+
+def unpacking_failed(path: str | Path, error: Exception) -> ValueError:
+    """What gzip raises for a damaged file, in words for the user."""
+    return ValueError(f"{path}: not a gzip file, or a damaged one: {error}; get it again")
+
+
+GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def check_text(path: Path, encoding: Encoding = "utf-8") -> Span:
     """Read a file once, in pieces, and return it as one span.
 
     Raises:
-        ValueError: empty, binary (a NUL byte) or not UTF-8; the message names the file and the place.
+        ValueError: empty, binary (a NUL byte), not in this encoding or badly packed; the message names the file and
+            the place.
         OSError: unreadable.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    size = 0
-    with path.open("rb") as file:
+    try:
+        return Span(str(path), 0, _checked_size(path, encoding), encoding)
+    except GZIP_ERRORS as error:
+        raise unpacking_failed(path, error) from None
+
+
+def _checked_size(path: Path, encoding: Encoding) -> int:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    size, fix = 0, "convert it, or pass --encoding latin-1 if all files are that"
+    with open_bytes(path) as file:
         while chunk := file.read(CHUNK):
             if (nul := chunk.find(b"\0")) >= 0:
                 raise ValueError(f"{path}: not a text file: NUL byte at offset {size + nul}; leave it out of --data")
@@ -89,13 +125,13 @@ def check_text(path: Path) -> Span:
                 decoder.decode(chunk)
             except UnicodeDecodeError as error:
                 offset = size - pending + error.start
-                raise ValueError(f"{path}: not UTF-8 text: {error.reason} at offset {offset}; convert it") from None
+                raise ValueError(f"{path}: not UTF-8 text: {error.reason} at offset {offset}; {fix}") from None
             size += len(chunk)
     if decoder.getstate()[0]:
-        raise ValueError(f"{path}: not UTF-8 text: ends inside a character; convert it")
+        raise ValueError(f"{path}: not UTF-8 text: ends inside a character; {fix}")
     if size == 0:
         raise ValueError(f"{path}: empty file; leave it out of --data")
-    return Span(str(path), 0, size)
+    return size
 
 
 def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
@@ -109,11 +145,11 @@ def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
         Training and held-out spans: no byte is in both.
     """
     if len(spans) == 1:
-        path, start, stop = spans[0]
-        cut = _character_boundary(path, stop - max(1, round(fraction * (stop - start))))
-        if not start < cut < stop:
-            raise ValueError(f"{path}: {stop} bytes are too few to hold out {fraction:.1%}; pass --eval-data")
-        return [Span(path, start, cut)], [Span(path, cut, stop)]
+        (span,) = spans
+        cut = _character_boundary(span, span.stop - max(1, round(fraction * span.size)))
+        if not span.start < cut < span.stop:
+            raise ValueError(f"{span.path}: {span.stop} bytes are too few to hold out {fraction:.1%}; pass --eval-data")
+        return [span._replace(stop=cut)], [span._replace(start=cut)]
     by_hash = sorted(spans, key=lambda span: hashlib.sha256("/".join(Path(span.path).parts[-2:]).encode()).digest())
     held_out = max(1, round(fraction * len(spans)))
     return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
@@ -122,60 +158,16 @@ def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
 def from_random_place(span: Span, size: int, generator: random.Random) -> Span:
     """The span from a random place on, with at least its last `size` bytes left (the whole of a shorter one)."""
     start = generator.randint(span.start, max(span.start, span.stop - size))
-    return Span(span.path, max(span.start, _character_boundary(span.path, start)), span.stop)
-
-
-def make_encode(tokenizer: "PreTrainedTokenizerBase") -> Encode:
-    """The tokenizer's text -> ids, without special tokens: "[MASK]" written in a text stays those six characters."""
-    from transformers import PerceiverTokenizer
-
-    if isinstance(tokenizer, PerceiverTokenizer):  # bytes after 6 special ids: the same ids, 100 times faster
-        return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int64) + 6
-
-    def encode(text: str) -> np.ndarray:
-        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return np.asarray(encoded["input_ids"], np.int64)
-
-    return encode
-
-
-def blocks(shards: list[list[Span]], encode: Encode, separator: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Join each shard's documents with `separator` and cut the stream into blocks; a shard's last may be shorter.
-
-    Yields:
-        input_ids (length,) and special_tokens_mask (length,), 1 at separators.
-    """
-    for spans in shards:
-        yield from _pack(spans, encode, separator, length)
-
-
-def _pack(spans: list[Span], encode: Encode, separator: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    parts: list[np.ndarray] = []
-    held = 0
-    for span in spans:
-        pieces = (encode(text) for text in read_pieces(span))
-        for ids in (*pieces, np.asarray([separator], np.int64)):
-            parts.append(ids)
-            held += len(ids)
-            if held < length:
-                continue
-            joined = np.concatenate(parts)
-            whole = held - held % length
-            for block in joined[:whole].reshape(-1, length):
-                yield {"input_ids": block, "special_tokens_mask": (block == separator).astype(np.int64)}
-            parts, held = [joined[whole:]], held - whole
-    rest = np.concatenate(parts) if parts else np.empty(0, np.int64)
-    if (rest != separator).any():
-        yield {"input_ids": rest, "special_tokens_mask": (rest == separator).astype(np.int64)}
+    return span._replace(start=max(span.start, _character_boundary(span, start)))
 
 
 def read_pieces(span: Span) -> Iterator[str]:
     """The text of a span in pieces of about 1 MiB, cut at a line end where there is one, so that words stay whole."""
-    decode = codecs.getincrementaldecoder("utf-8")().decode
+    decode = codecs.getincrementaldecoder(span.encoding)().decode
     carried = ""
-    with open(span.path, "rb") as file:
+    with open_bytes(span.path) as file:
         file.seek(span.start)
-        left = span.stop - span.start
+        left = span.size
         while left > 0:
             chunk = file.read(min(CHUNK, left))
             if not chunk:
@@ -191,9 +183,11 @@ def read_pieces(span: Span) -> Iterator[str]:
             yield text[:cut]
 
 
-def _character_boundary(path: str, offset: int) -> int:
-    """The nearest place at or before `offset` where a UTF-8 character begins."""
-    with open(path, "rb") as file:
+def _character_boundary(span: Span, offset: int) -> int:
+    """The nearest place at or before `offset` where a character begins."""
+    if span.encoding == "latin-1":
+        return offset
+    with open_bytes(span.path) as file:
         start = max(0, offset - 3)
         file.seek(start)
         near = file.read(offset - start + 1)

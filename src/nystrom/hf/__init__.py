@@ -15,6 +15,7 @@ from nystrom.hf.modeling import NystromformerForQuestionAnswering as Nystromform
 from nystrom.hf.modeling import NystromformerForSequenceClassification as NystromformerForSequenceClassification
 from nystrom.hf.modeling import NystromformerForTokenClassification as NystromformerForTokenClassification
 from nystrom.hf.modeling import NystromformerModel as NystromformerModel
+from nystrom.hf.pretraining import NystromformerForPreTraining as NystromformerForPreTraining
 from nystrom.hf.settings import Settings as Settings
 from nystrom.hf.settings import configure as configure
 
@@ -24,6 +25,7 @@ __all__ = [
     "NystromformerConfig",
     "NystromformerForMaskedLM",
     "NystromformerForMultipleChoice",
+    "NystromformerForPreTraining",
     "NystromformerForQuestionAnswering",
     "NystromformerForSequenceClassification",
     "NystromformerForTokenClassification",

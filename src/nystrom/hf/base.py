@@ -146,6 +146,11 @@ class NystromformerPreTrainedModel(PreTrainedModel):
         self.config.max_position_embeddings = length
         return self
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):  # transformers' start is so small that it hardly learns in a short run
+            module.reset_parameters()
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,

@@ -63,6 +63,10 @@ class NystromformerConfig(PreTrainedConfig):
     """Segments told apart (count)."""
     layer_norm_eps: float = 1e-5
     """Added to the variance in every layer norm."""
+    norm_first: bool = False
+    """Pre-norm, with a last norm after the blocks; False: post-norm, as in BERT and the published model."""
+    sentence_order: bool = True
+    """Whether `NystromformerForPreTraining` has the head that tells the order of two sentences."""
     initializer_range: float = 0.02
     """Standard deviation of new weights."""
     pad_token_id: int | None = 1
@@ -117,7 +121,7 @@ class NystromformerConfig(PreTrainedConfig):
             num_heads=self.num_attention_heads,
             ffn_dim=self.intermediate_size,
             dropout=float(self.hidden_dropout_prob),
-            norm_first=False,
+            norm_first=self.norm_first,
             kind=KINDS[self.attention],
             num_landmarks=self.num_landmarks,
             num_pinv_iters=6 if self.num_pinv_iters is None else self.num_pinv_iters,

@@ -35,6 +35,7 @@ class NystromformerForMaskedLM(NystromformerPreTrainedModel):
     """Scores every token of the vocabulary at every place; the output layer is the token embeddings."""
 
     _tied_weights_keys = {"decoder.weight": "nystromformer.encoder.embeddings.token.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^pooler\.", r"^sentence_order\."]  # noqa: RUF012  # of ForPreTraining
 
     def __init__(self, config: NystromformerConfig) -> None:
         super().__init__(config)
@@ -69,7 +70,7 @@ class NystromformerForMaskedLM(NystromformerPreTrainedModel):
             output_attentions, output_hidden_states, attention_queries, return_dict=True,
         )  # fmt: skip
         logits = self.decoder(self.norm(self.activation(self.transform(out.last_hidden_state))))
-        loss = None if labels is None else _cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
         return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -104,7 +105,7 @@ class NystromformerForSequenceClassification(NystromformerPreTrainedModel):
             input_ids, attention_mask, token_type_ids, inputs_embeds,
             output_attentions, output_hidden_states, attention_queries, return_dict=True,
         )  # fmt: skip
-        x = self.dense(self.dropout(_first(out.last_hidden_state, attention_mask)))
+        x = self.dense(self.dropout(first_state(out.last_hidden_state, attention_mask)))
         logits = self.out_proj(self.dropout(self.activation(x)))
         loss = None if labels is None else self._loss(logits, labels)
         return SequenceClassifierOutput(loss, logits, out.hidden_states, out.attentions)
@@ -115,7 +116,7 @@ class NystromformerForSequenceClassification(NystromformerPreTrainedModel):
             several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
             problem = "regression" if logits.shape[1] == 1 else several
         if problem == "single_label_classification":
-            return _cross_entropy(logits, labels.flatten())
+            return cross_entropy(logits, labels.flatten())
         loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
         logits = _wide(logits)
         return loss(logits, labels.view_as(logits).to(logits.dtype))
@@ -149,7 +150,7 @@ class NystromformerForTokenClassification(NystromformerPreTrainedModel):
             output_attentions, output_hidden_states, attention_queries, return_dict=True,
         )  # fmt: skip
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = None if labels is None else _cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
         return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
@@ -192,7 +193,7 @@ class NystromformerForQuestionAnswering(NystromformerPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             places = torch.stack([start_positions.view(b), end_positions.view(b)])
             places = places.masked_fill((places < 0) | (places >= n), IGNORED)
-            loss = (_cross_entropy(start, places[0]) + _cross_entropy(end, places[1])) / 2
+            loss = (cross_entropy(start, places[0]) + cross_entropy(end, places[1])) / 2
         return QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
 
 
@@ -230,18 +231,19 @@ class NystromformerForMultipleChoice(NystromformerPreTrainedModel):
             input_ids, mask, token_type_ids, inputs_embeds,
             output_attentions, output_hidden_states, attention_queries, return_dict=True,
         )  # fmt: skip
-        x = F.relu(self.pre_classifier(_first(out.last_hidden_state, mask)))
+        x = F.relu(self.pre_classifier(first_state(out.last_hidden_state, mask)))
         logits = self.classifier(x).view(-1, choices)
-        loss = None if labels is None else _cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
-def _first(x: Float[Tensor, "b n c"], attention_mask: Tensor | None) -> Float[Tensor, "b c"]:
+def first_state(x: Float[Tensor, "b n c"], attention_mask: Tensor | None) -> Float[Tensor, "b c"]:
+    """The state of each sample's first real token."""
     mask: Bool[Tensor, "b n"] | None = key_mask(attention_mask, *x.shape[:2])
     return x[torch.arange(len(x), device=x.device), first_token(mask, x)]
 
 
-def _cross_entropy(logits: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+def cross_entropy(logits: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
     """Mean over the rows that have a label (nats), 0 if none has."""
     total = F.cross_entropy(_wide(logits), labels.long(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp_min(1)

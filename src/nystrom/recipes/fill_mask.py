@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from nystrom.checkpoint import load_masked_lm
+from nystrom.inspect.texts import special_tokens
+from nystrom.models import num_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from nystrom.encoder import MaskedLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class FillMask:
     text: str
     """Text with at least one mask, written as the tokenizer writes it: [MASK] for the byte tokenizer."""
     model: Path = Path("runs/pretrain")
-    """Folder that 'nystrom pretrain' wrote."""
+    """Folder that `nystrom pretrain` wrote, or of any masked language model."""
     top_k: int = 3
     """Candidates listed per mask (count)."""
 
@@ -47,24 +46,48 @@ def run(config: FillMask) -> None:
         print(f"  mask {i}: " + "  ".join(f"{token!r} {p:.1%}" for token, p in candidates))
 
 
-def load(folder: Path) -> "tuple[MaskedLM, PreTrainedTokenizerBase]":
-    """The model and its tokenizer."""
-    from transformers import AutoTokenizer
+def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model, in eval mode, and its tokenizer.
 
-    return load_masked_lm(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it has no head that fills masks; its files are damaged.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    import nystrom.hf  # noqa: F401  # tells the Auto classes of our models
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'}: no such file; is {folder} a model's folder?")
+    try:
+        model, info = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder}: its weights cannot be read, or do not fit config.json: {error}") from None
+    if info["missing_keys"]:
+        raise ValueError(f"{folder}: no masked language model: it lacks {', '.join(sorted(info['missing_keys']))}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"{folder}: its tokenizer has no mask token")
+    return model.eval(), tokenizer
 
 
-def fill(model: "MaskedLM", tokenizer: "PreTrainedTokenizerBase", text: str, top_k: int = 3) -> Filled:
+def fill(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str, top_k: int = 3) -> Filled:
     """Fill every mask at once, each from the unmasked text alone.
 
     Raises:
         ValueError: no mask in the text; a text longer than the model reads; top_k outside the vocabulary.
     """
-    if not 1 <= top_k <= model.encoder_config.vocab_size:
-        raise ValueError(
-            f"top_k must be between 1 and the vocabulary of {model.encoder_config.vocab_size}: got {top_k}"
-        )
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    size = model.config.vocab_size
+    if not 1 <= top_k <= size:
+        raise ValueError(f"top_k must be between 1 and the vocabulary of {size}: got {top_k}")
+    bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # A model of ours without sentence order was trained on blocks without special tokens at their ends.
+    before, after = special_tokens(tokenizer) if getattr(model.config, "sentence_order", True) else ([], [])
+    ids = torch.tensor([[*before, *bare, *after]])
+    reach = num_positions(model)
+    if reach is not None and ids.shape[1] > reach:
+        raise ValueError(f"text must be at most the {reach} tokens that the model reads: got {ids.shape[1]}")
     masks = torch.eq(ids[0], cast(int, tokenizer.mask_token_id)).nonzero().flatten()
     if not len(masks):
         raise ValueError(f"text must hold at least one {tokenizer.mask_token}: got {text!r}")
@@ -76,4 +99,4 @@ def fill(model: "MaskedLM", tokenizer: "PreTrainedTokenizerBase", text: str, top
         [(str(tokenizer.decode([token])), p) for token, p in zip(row.tolist(), ps.tolist(), strict=True)]
         for row, ps in zip(tokens, best, strict=True)
     ]
-    return Filled(str(tokenizer.decode(ids[0])), candidates)
+    return Filled(str(tokenizer.decode(ids[0, len(before) : len(before) + len(bare)])), candidates)

@@ -10,9 +10,8 @@ config, versions, commit), metrics.json, curve.png, the predictions and TensorBo
 folder each, and summary.json with mean and standard deviation. `nystrom report` puts runs side by side.
 """
 
-import json
+import math
 import random
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from nystrom import runs
-from nystrom.data import glue, jobs
-from nystrom.data.examples import Example
-from nystrom.data.jobs import Job
+from nystrom.data import jobs
+from nystrom.data.jobs import Encoded, Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -38,7 +36,7 @@ class Finetune:
     """What all fine-tuning shares."""
 
     model: str
-    """Folder of a pretrained encoder, or its name on the Hugging Face Hub."""
+    """Folder of a pretrained encoder, or its name on the Hugging Face Hub. A head of as many classes is kept."""
     out: Path
     """Folder for the model, metrics, predictions and logs; must be new or empty, unless --resume."""
     resume: bool = False
@@ -46,7 +44,7 @@ class Finetune:
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; default: the model's."""
     dry_run: bool = False
-    """Print the model's size and what time and memory the run will take, from a few real steps; write nothing."""
+    """Print the model's size and what time and memory the run takes, from a few real steps; write nothing."""
 
     attention: Attention | None = None
     """Default: what the model's folder says."""
@@ -59,12 +57,11 @@ class Finetune:
     block: int | None = None
     """Queries that share their exact keys, for nystrom_residual (count)."""
     exact_below: int | None = None
-    """Inputs of fewer tokens keep exact attention, which is faster there; 0: none do. Default: 1024 for nystrom, 2048
-    for nystrom_shift, 4096 for nystrom_residual."""
+    """Shorter inputs keep exact attention, faster there (tokens); 0: none. Default: 1024, shift 2048, residual 4096."""
 
     length: int = 128
     """Tokens of an input that are read; the rest is cut off."""
-    epochs: float = 3
+    epochs: float = 3.0
     """Passes over the training examples."""
     batch_size: int = 32
     """Examples per step and process (count)."""
@@ -87,9 +84,9 @@ class Finetune:
     eval_examples: int | None = None
     """Score so many examples, drawn at random, the same for all seeds; default: all."""
     hold_out: float = 0.0
-    """Part of the training examples to set aside for choosing settings, early stopping or the curve."""
+    """Part of the training examples to set aside, and to score after every epoch, for choosing settings."""
     early_stopping: int | None = None
-    """Stop after so many epochs without a better score on the --hold-out part, and keep the best epoch's model."""
+    """Stop after so many epochs without a better score on the --hold-out part; the best epoch's model is kept."""
     checkpoint_steps: int = 200
     """Steps between checkpoints, which a finished run removes (count)."""
 
@@ -99,10 +96,9 @@ class Glue(Finetune):
     """Fine-tune on a GLUE task, and score its dev set by its official metrics."""
 
     task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-    """Which."""
+    """The task."""
     data: Path | None = None
-    """Folder of the original TSV files (MRPC/ and so on), or of parquet files laid out as on the hub; default: download
-    from the hub."""
+    """Folder of the original TSV files (MRPC/ and so on), or of the hub's parquet files; default: download."""
     predict: bool = False
     """Also write the unlabelled test set's predictions, in the format that the benchmark takes."""
 
@@ -112,7 +108,7 @@ class Imdb(Finetune):
     """Fine-tune on the IMDB reviews (positive or negative), and score the test reviews."""
 
     data: Path | None = None
-    """The aclImdb folder, its .tar.gz or .tar.xz, or parquet files laid out as on the hub; default: download."""
+    """The aclImdb folder, its .tar.gz or .tar.xz, or a folder of the hub's parquet files; default: download."""
     length: int = 512
     """Tokens of a review that are read; the rest is cut off."""
 
@@ -133,17 +129,23 @@ class Csv(Finetune):
     """Column of a second text, for pairs."""
     regression: bool = False
     """Labels are numbers, to be predicted as such."""
+    task: str | None = None
+    """What reports call it; default: the name of the --train file."""
 
 
 def run(config: Finetune) -> None:
     """Train, and print the scores."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if config.dry_run:
-        print("\n".join(plan(config)))
+        state.print("\n".join(plan(config)))
         return
-    for name, value in train(config)["scores"].items():
+    found = train(config)
+    for name, value in found["scores"].items():
         spread = f" ± {value['sd']:.4f} over {len(value['each'])} seeds" if isinstance(value, dict) else ""
-        print(f"{name:>20} {value['mean'] if spread else value:.4f}{spread}")
-    print(f"Wrote {config.out}")
+        state.print(f"{name:>20} {value['mean'] if spread else value:.4f}{spread}")
+    state.print(f"Wrote {config.out}")
 
 
 def train(config: Finetune) -> dict[str, Any]:
@@ -152,52 +154,86 @@ def train(config: Finetune) -> dict[str, Any]:
     Raises:
         FileExistsError: out is not empty, and resume is off.
         ValueError, OSError: data, model or settings that cannot be used. All before anything is written.
+        OSError: the disk is full.
+        ValueError: training diverged.
     """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.is_main_process:  # alone: the others may already see what it writes next
+        runs.check_out(config.out, config, config.resume)  # before the data are read, which takes longer
     job, tokenizer, model = prepare(config)
     size = sum(p.numel() for p in model.parameters())
-    runs.check_out(config.out, config, config.resume, size * (CHECKPOINTS + 4 * max(1, len(config.seeds))))
-    runs.start(config.out, "finetune", config)
-    if not config.seeds:
-        return train_once(config, job, tokenizer, config.seed, config.out)
-    folders = [config.out / f"seed-{seed}" for seed in config.seeds]
-    done = [
-        train_once(config, job, tokenizer, seed, folder) for seed, folder in zip(config.seeds, folders, strict=True)
+    encoded = jobs.encoded(job, tokenizer, config.length)
+    if state.is_main_process:
+        runs.check_out(config.out, config, config.resume, size * (CHECKPOINTS + 4 * max(1, len(config.seeds))))
+        print("\n".join(about(job, encoded, model)), flush=True)
+        runs.start(config.out, "finetune", config)
+    state.wait_for_everyone()
+    with runs.full_disk_told(config.out):
+        if not config.seeds:
+            return train_once(config, job, encoded, tokenizer, config.seed, config.out)
+        done = []
+        for seed in config.seeds:
+            done.append(train_once(config, job, encoded, tokenizer, seed, config.out / f"seed-{seed}"))
+            state.print(f"seed {seed}: {done[-1]['score']['name']} {done[-1]['score']['value']:.4f}", flush=True)
+        return runs.summarise(config.out, config.seeds, done)
+
+
+def about(job: Job, encoded: Encoded, model: "PreTrainedModel") -> list[str]:
+    """What is to be learnt from what, by which model; and whether the attention asked for will run at all."""
+    from nystrom.hf.classifier import attention_of, exact_below
+
+    scored = ", ".join(f"{len(rows):,} of {name}" for name, rows in encoded.evals.items())
+    tokens, count = jobs.num_tokens(encoded.train), len(encoded.train)
+    lines = [
+        f"{job.task}: {count:,} examples to train on, of {tokens / count:.0f} tokens in the mean; scored: {scored}",
+        f"{type(model).__name__}, {model.num_parameters():,} parameters, attention {attention_of(model)}",
     ]
-    return runs.summarise(config.out, config.seeds, done)
+    longest, least = encoded.longest(), exact_below(model)
+    if longest < least:
+        lines.append(
+            f"inputs have at most {longest} tokens, and exact_below is {least}: attention stays exact; pass "
+            "--exact-below 0 to approximate it"
+        )
+    return lines
 
 
 def plan(config: Finetune) -> list[str]:
     """What the run will take, from a few real steps on the longest inputs and on usual ones; nothing is kept."""
-    from nystrom.hf.classifier import attention_of
     from nystrom.training import clock
 
     job, tokenizer, model = prepare(config)
-    train_set = encode(config, tokenizer, job.train)
+    encoded = jobs.encoded(job, tokenizer, config.length)
     batch = config.batch_size * config.gradient_accumulation
-    longest = sorted(train_set, key=lambda row: len(row["input_ids"]))[-batch:]
-    usual = random.Random(0).choices(train_set, k=4 * batch)
+    longest = sorted(encoded.train, key=lambda row: len(row["input_ids"]))[-batch:]
+    usual = random.Random(0).choices(encoded.train, k=4 * batch)
+    rates = []
     with tempfile.TemporaryDirectory() as folder:
-        probe = replace(config, epochs=1, early_stopping=None)
-        rates = []
+        probe = replace(config, epochs=1.0, early_stopping=None)
         for rows in (longest, usual):
-            trainer = build_trainer(probe, job, model, tokenizer, rows, {}, config.seed, Path(folder))
+            trainer = build_trainer(probe, job, model, tokenizer, Encoded(rows, {}, {}), config.seed, Path(folder))
             trainer.train()
-            rates.append(num_tokens(rows) / clock(trainer).seconds)
-    tokens = num_tokens(train_set)
-    seconds = tokens * config.epochs * max(1, len(config.seeds)) / rates[1]
+            rates.append(jobs.num_tokens(rows) / clock(trainer).seconds)
+    seconds = jobs.num_tokens(encoded.train) * config.epochs * max(1, len(config.seeds)) / rates[1]
     return [
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, attention {attention_of(model)}",
-        f"{len(train_set):,} training examples of {tokens / len(train_set):.0f} tokens in the mean",
-        f"about {seconds / 60:.1f} minutes of training at {rates[1]:.0f} tokens/s, scoring not counted",
-        f"about {runs.peak_memory() / 2**20:.0f} MiB of memory",
+        *about(job, encoded, model),
+        f"about {seconds / 60:.1f} minutes of training at {rates[1]:,.0f} tokens/s, scoring not counted",
+        f"about {runs.peak_memory() / 2**20:,.0f} MiB of memory",
     ]
 
 
 def prepare(config: Finetune) -> "tuple[Job, PreTrainedTokenizerBase, PreTrainedModel]":
     """Data, tokenizer and model, all of them checked."""
+    from transformers.utils import logging
+
+    from nystrom.hf.classifier import load_tokenizer
+
+    logging.disable_progress_bar()  # of reading and writing weights, which takes a moment
     check_settings(config)
     runs.mixed_precision(config.precision)
-    job, tokenizer = read(config), load_tokenizer(config)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    job = read(config)
     model = load_model(config, job)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -209,22 +245,25 @@ def prepare(config: Finetune) -> "tuple[Job, PreTrainedTokenizerBase, PreTrained
 
 def check_settings(config: Finetune) -> None:
     """Raise ValueError for a setting out of range."""
-    least = {"length": 3, "batch_size": 1, "gradient_accumulation": 1, "seed": 0, "checkpoint_steps": 1}
+    least = {"length": 3, "batch_size": 1, "gradient_accumulation": 1, "checkpoint_steps": 1}
     least |= {"train_examples": 1, "eval_examples": 1, "early_stopping": 1}
     for name, lowest in least.items():
         value = getattr(config, name)
         if value is not None and value < lowest:
             raise ValueError(f"{name} must be at least {lowest}: got {value}")
     for name in ("lr", "epochs"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive: got {getattr(config, name)}")
-    if not config.weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative: got {config.weight_decay}")
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite: got {getattr(config, name)}")
+    if not 0 <= config.weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be at least 0 and finite: got {config.weight_decay}")
     for name in ("warmup", "hold_out"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1: got {getattr(config, name)}")
-    if len(set(config.seeds)) < len(config.seeds) or any(seed < 0 for seed in config.seeds):
-        raise ValueError(f"seeds must differ and be at least 0: got {config.seeds}")
+    for seed in (config.seed, *config.seeds):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"a seed must be at least 0 and below 2**32: got {seed}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"seeds must differ: got {', '.join(map(str, config.seeds))}")
     if config.early_stopping is not None and config.hold_out == 0:
         raise ValueError(
             "early_stopping chooses an epoch, which the scored set must not do: got hold_out = 0; pass --hold-out 0.1"
@@ -240,18 +279,11 @@ def read(config: Finetune) -> Job:
             job = jobs.from_reviews(config.data)
         case Csv():
             columns = (config.text_column, config.label_column, config.pair_column)
-            job = jobs.from_tables(config.train, config.eval, *columns, config.regression)
+            job = jobs.from_tables(config.task, config.train, config.eval, *columns, config.regression)
         case _:
             raise TypeError(f"not a task: {type(config).__name__}")
     job = jobs.limited(job, config.train_examples, config.eval_examples)
     return jobs.with_hold_out(job, config.hold_out) if config.hold_out else job
-
-
-def load_tokenizer(config: Finetune) -> "PreTrainedTokenizerBase":
-    """The tokenizer named, or the model's."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(config.tokenizer or config.model)
 
 
 def load_model(config: Finetune, job: Job) -> "PreTrainedModel":
@@ -262,54 +294,31 @@ def load_model(config: Finetune, job: Job) -> "PreTrainedModel":
     return load_classifier(config.model, job.labels, config.length, config.attention, given)
 
 
-def encode(config: Finetune, tokenizer: "PreTrainedTokenizerBase", examples: list[Example]) -> list[dict[str, Any]]:
-    """Token ids of each example, cut to the length."""
-    texts = [example.text for example in examples]
-    pairs = None if examples[0].pair is None else [cast(str, example.pair) for example in examples]
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=config.length, return_attention_mask=False)
-    fields = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    return [
-        row if example.label is None else row | {"labels": example.label}
-        for row, example in zip(fields, examples, strict=True)
-    ]
-
-
-def num_tokens(rows: list[dict[str, Any]]) -> int:
-    return sum(len(row["input_ids"]) for row in rows)
-
-
 def train_once(
-    config: Finetune, job: Job, tokenizer: "PreTrainedTokenizerBase", seed: int, out: Path
+    config: Finetune, job: Job, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase", seed: int, out: Path
 ) -> dict[str, Any]:
     """One run, to its end; a finished one is not repeated."""
+    from accelerate import PartialState
     from transformers import set_seed
 
     if (out / "metrics.json").is_file():
-        return json.loads((out / "metrics.json").read_text())
-    if config.seeds:
+        return runs.read_json(out / "metrics.json")
+    if config.seeds and PartialState().is_main_process:
         runs.start(out, "finetune", replace(config, out=out, seed=seed, seeds=()))
     set_seed(seed)
     model = load_model(config, job)
-    train_set = encode(config, tokenizer, job.train)
-    eval_sets = {name: encode(config, tokenizer, examples) for name, examples in job.evals.items()}
-    trainer = build_trainer(config, job, model, tokenizer, train_set, eval_sets, seed, out)
+    trainer = build_trainer(config, job, model, tokenizer, encoded, seed, out)
     point = runs.resume_point(out)
     trainer.train(resume_from_checkpoint=None if point is None else str(point))
     trainer.save_model()
-    scores: dict[str, float] = {}
-    for name, eval_set in eval_sets.items():
-        answer = trainer.predict(cast(Any, eval_set), metric_key_prefix=name)
-        prefix = f"{name}_" if scores else ""  # the first set is the one that is reported
-        found = cast(dict[str, float], answer.metrics)
-        scores |= {prefix + metric: found[f"{name}_{metric}"] for metric in ("score", *job.metrics, "loss")}
-        jobs.write_predictions(
-            job, job.evals[name], jobs.decide(job, answer.predictions), out / f"predictions-{name}.tsv"
-        )
-    for file, examples in job.predict.items():
-        answer = trainer.predict(cast(Any, encode(config, tokenizer, examples)))
-        indices = [example.index for example in examples]
-        glue.write_predictions(glue.TASKS[job.task], out / file, indices, jobs.decide(job, answer.predictions))
-    return finish(job, trainer, scores, num_tokens(train_set), seed, out)
+    scores = jobs.score_all(job, encoded, trainer, out)
+    report = summary(job, encoded, trainer, scores, seed)
+    if trainer.is_world_process_zero():
+        runs.plot_curve(report["curve"], out / "curve.png")
+        runs.write_json(out / "metrics.json", report)
+        runs.remove_checkpoints(out)
+    trainer.accelerator.wait_for_everyone()
+    return report
 
 
 def build_trainer(
@@ -317,8 +326,7 @@ def build_trainer(
     job: Job,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    train_set: list[dict[str, Any]],
-    eval_sets: dict[str, list[dict[str, Any]]],
+    encoded: Encoded,
     seed: int,
     out: Path,
 ) -> "Trainer":
@@ -340,14 +348,14 @@ def build_trainer(
         warmup_steps=config.warmup,  # below 1: a part of all steps
         weight_decay=config.weight_decay,
         logging_steps=10,
-        eval_strategy="epoch" if eval_sets else "no",
-        save_strategy=("epoch" if stops else "steps") if eval_sets else "no",
+        eval_strategy="epoch" if encoded.evals else "no",
+        save_strategy=("epoch" if stops else "steps") if encoded.evals else "no",
         save_steps=config.checkpoint_steps,
         save_total_limit=2,
         load_best_model_at_end=stops,
         metric_for_best_model="score" if stops else None,
         restore_callback_states_from_checkpoint=True,
-        report_to="tensorboard" if eval_sets else "none",
+        report_to="tensorboard" if encoded.evals else "none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
@@ -356,11 +364,11 @@ def build_trainer(
         **cast(Any, runs.mixed_precision(config.precision)),
     )
     trainer = GroupedTrainer(
-        lengths=[len(row["input_ids"]) for row in train_set],
+        lengths=[len(row["input_ids"]) for row in encoded.train],
         model=model,
         args=arguments,
-        train_dataset=cast(Any, train_set),  # a list of examples is a map-style dataset
-        eval_dataset=cast(Any, eval_sets.get(jobs.HOLD_OUT, next(iter(eval_sets.values()), None))),
+        train_dataset=cast(Any, encoded.train),  # a list of examples is a map-style dataset
+        eval_dataset=cast(Any, encoded.evals.get(jobs.HOLD_OUT, next(iter(encoded.evals.values()), None))),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda answer: jobs.score(job, answer.predictions, answer.label_ids),
@@ -370,29 +378,25 @@ def build_trainer(
     return trainer
 
 
-def finish(job: Job, trainer: "Trainer", scores: dict[str, float], tokens: int, seed: int, out: Path) -> dict[str, Any]:
-    """Write curve.png and metrics.json; the checkpoints, which a finished run needs no more, go."""
-    from nystrom.hf.classifier import attention_of
+def summary(job: Job, encoded: Encoded, trainer: "Trainer", scores: dict[str, float], seed: int) -> dict[str, Any]:
+    """What metrics.json holds."""
+    from nystrom.hf.classifier import attention_of, exact_below
     from nystrom.training import clock
 
     model = cast("PreTrainedModel", trainer.model)
-    seconds = clock(trainer).seconds
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry]
-    report = {
+    seconds, tokens = clock(trainer).seconds, jobs.num_tokens(encoded.train) * cast(float, trainer.state.epoch)
+    return {
         "task": job.task,
         "attention": attention_of(model),
         "seed": seed,
-        "score": {"name": " and ".join(job.metrics), "value": scores.pop("score")},
-        "scores": scores,
+        "score": {"name": " and ".join(job.metrics), "value": scores["score"]},
+        "scores": {name: value for name, value in scores.items() if name != "score"},
         "examples": {"train": len(job.train), **{name: len(examples) for name, examples in job.evals.items()}},
+        "longest_input": encoded.longest(),
+        "exact_below": exact_below(model),
         "steps": trainer.state.global_step,
         "seconds": seconds,
-        "tokens_per_second": tokens * cast(float, trainer.state.epoch) / seconds,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "curve": curve,
+        "tokens_per_second": tokens / seconds,
+        "parameters": model.num_parameters(),
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry],
     }
-    runs.plot_curve(curve, out / "curve.png")
-    runs.write_json(out / "metrics.json", report)
-    for checkpoint in out.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return report

@@ -1,85 +1,123 @@
-"""Masked-language-model pretraining on any text.
+"""Pretraining on any text: masked tokens, and where asked for the order of sentences.
 
     nystrom pretrain --data books/ --length 2048 --out runs/books
 
 Without --data it reads the documentation and source of the running Python. The --out folder is a model that
-`nystrom fill-mask --model runs/books` loads; beside the weights it holds pretrain.json (the resolved config, versions
-and commit), metrics.json (held-out loss and masked accuracy, the training curve), checkpoints to resume from, and
-TensorBoard logs.
+`nystrom fill-mask`, `nystrom finetune --model` and transformers' Auto classes open; beside the weights it holds
+run.json (the resolved config, versions and commit), metrics.json (held-out scores, the training curve), curve.png,
+checkpoints to resume from, and TensorBoard logs.
 """
 
-import json
-import random
-import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from nystrom.attention import Kind
-from nystrom.checkpoint import save_config
-from nystrom.data.text import blocks, check_text, from_random_place, make_encode, python_files, split, text_files
-from nystrom.encoder import EncoderConfig, MaskedLM
-from nystrom.environment import describe
+from nystrom import runs
+from nystrom.data import rows, sources, streams
+from nystrom.data.packing import Packing, load_tokenizer
+from nystrom.data.text import Encoding, python_files
+from nystrom.presets import FORM, OPEN, PRESETS, SIZES
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-    from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from nystrom.data.text import Span
+    from nystrom.data.masking import Block
+    from nystrom.data.sources import Source
+    from nystrom.hf import NystromformerForPreTraining
+
+Attention = Literal["softmax", "nystrom", "nystrom_shift", "nystrom_residual"]
+HELD_OUT = 0.05  # part of the documents, where no others are named
+SCORES = ("accuracy", "loss_nats", "perplexity", "sentence_order_accuracy")
+CHECKPOINTS = 3 * (4 + 2 * 4)
+"""Bytes on disk per parameter: up to three checkpoints at a time, with the moments of AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Pretrain a masked language model with Nyström attention on any text."""
+    """Pretrain a model with Nyström attention on any text: masked tokens, and the order of sentences."""
 
     data: tuple[Path, ...] = ()
-    """Text files and folders of them (UTF-8). Default: the standard library of the running Python."""
+    """Files: text, .jsonl (both also .gz), .parquet; and folders of them. Default: this Python's standard library."""
     eval_data: tuple[Path, ...] = ()
-    """Held-out files and folders. Default: one twentieth of the files of --data, or the end of a lone file."""
+    """The same, held out. Default: one twentieth of the text files of --data (the end of a lone one) and of rows."""
+    text_field: str = "text"
+    """Field or column of the rows that is the text."""
+    encoding: Encoding = "utf-8"
+    """Of the text files; rows are always UTF-8."""
+    dataset: str | None = None
+    """Stream this data set instead, a name on the Hugging Face Hub or a folder; bad rows are found on the way."""
+    dataset_config: str | None = None
+    """Its configuration."""
+    dataset_split: str = "train"
+    """Its split to train on."""
+    dataset_eval_split: str | None = None
+    """Its held-out split. Default: one twentieth of the rows of the other."""
+
     out: Path = Path("runs/pretrain")
     """Folder for the model, checkpoints, logs and metrics; must be new or empty, unless --resume."""
     resume: bool = False
-    """Go on from the last checkpoint in --out."""
-    tokenizer: str = "bytes"
-    """"bytes" (built in), or the folder or hub name of a Hugging Face tokenizer that has a mask token."""
+    """Go on from the last whole checkpoint in --out, with the same settings, to the same end."""
+    dry_run: bool = False
+    """Print the model's size and what time and memory the run will take, from three real steps; write nothing."""
 
-    length: int = 2048
-    """Tokens in a block: the length that the model reads."""
-    attention: Kind = "nystrom"
-    """Attention: "nystrom", "shift", "residual" (linear cost) or "softmax" (exact), with the same weights."""
-    num_landmarks: int = 64
-    """Landmarks per head (count)."""
-    conv_kernel_size: int | None = 33
-    """Tokens spanned by the convolution skip; odd, or None for no skip."""
-    embed_dim: int = 256
-    """Model width."""
-    num_layers: int = 4
-    """Blocks (count)."""
-    num_heads: int = 4
-    """Attention heads per block (count)."""
-    ffn_dim: int = 1024
-    """Width inside the feed-forward part."""
-    dropout: float = 0.1
-    """Probability of dropping a hidden unit or an attention weight while training."""
+    preset: Literal["tiny", "small", "base"] = "tiny"
+    """Sizes and schedule, where not given: "tiny" trains on two cores, "small" and "base" are the paper's."""
+    init: Path | None = None
+    """Start from the model in this folder, with its sizes and tokenizer: a run, any Nyströmformer, BERT or RoBERTa."""
+    positions: Literal["tile", "interpolate"] = "tile"
+    """How the positions of --init reach a longer --length: repeated, or stretched."""
+    tokenizer: str | None = None
+    """"bytes" (default), or the folder or hub name of a Hugging Face tokenizer that has a mask token."""
 
-    steps: int = 10_000
-    """Optimiser steps (count)."""
-    batch_size: int = 8
-    """Blocks per step and process (count)."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW, after warm-up; then a cosine to zero."""
-    warmup: float = 0.05
-    """Part of the steps spent warming up."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
+    sentence_order: bool = False
+    """Also learn whether two stretches of a document have been swapped; a block is then [CLS] A [SEP] B [SEP]."""
+    packing: Packing | None = None
+    """"stream" (default): a block may hold the end of a document and the next ones; "documents": parts of one alone."""
     mask_probability: float = 0.15
     """Part of the tokens to predict: 80 % of them masked, 10 % replaced at random, 10 % left."""
+    whole_words: bool = False
+    """Mask whole words; of bytes, what stands between white space."""
+
+    length: int | None = None
+    """Tokens in a block. Default: tiny 1024, small and base 512; with --init, what it reads."""
+    attention: Attention | None = None
+    """"nystrom" (default), "nystrom_shift", "nystrom_residual" (linear cost) or "softmax" (exact): same weights."""
+    num_landmarks: int | None = None
+    """Landmarks per head (count). Default: 64, or those of --init."""
+    conv_kernel_size: int | Literal["preset"] | None = "preset"
+    """Tokens spanned by the convolution skip; odd, or None for no skip. A BERT gets one that is zero at first."""
+    embed_dim: int | None = None
+    """Model width."""
+    num_layers: int | None = None
+    """Blocks (count)."""
+    num_heads: int | None = None
+    """Attention heads per block (count)."""
+    ffn_dim: int | None = None
+    """Width inside the feed-forward part."""
+    dropout: float | None = None
+    """Probability of dropping a hidden unit or an attention weight while training. Default: tiny 0, else 0.1."""
+
+    steps: int | None = None
+    """Optimiser steps (count)."""
+    batch_size: int | None = None
+    """Blocks per batch and process (count)."""
+    gradient_accumulation: int | None = None
+    """Batches per optimiser step (count)."""
+    lr: float | None = None
+    """Peak learning rate of AdamW, after warm-up."""
+    warmup: float | None = None
+    """Part of the steps spent warming up."""
+    schedule: Literal["cosine", "linear"] | None = None
+    """How the learning rate then falls to zero."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    precision: runs.Precision = "auto"
+    """auto: bfloat16 where the hardware multiplies in it, else float32."""
     eval_blocks: int = 64
     """Held-out blocks scored, with fixed masks, spread over the files (count)."""
     eval_steps: int = 1000
@@ -92,10 +130,13 @@ def run(config: Pretrain) -> None:
     """Train and print how well held-out text is predicted."""
     from accelerate import PartialState
 
+    if config.dry_run:
+        return print("\n".join(plan(config)))
     held_out = train(config)["held_out"]
+    order = f", sentence order {held_out['sentence_order_accuracy']:.1%}" if config.sentence_order else ""
     PartialState().print(
         f"{config.out}: held-out loss {held_out['loss_nats']:.3f} nats, masked accuracy {held_out['accuracy']:.1%} "
-        f"(always the commonest token: {held_out['baseline']['accuracy']:.1%})"
+        f"(always the commonest token: {held_out['baseline']['accuracy']:.1%}){order}"
     )
 
 
@@ -104,280 +145,256 @@ def train(config: Pretrain) -> dict[str, Any]:
 
     Raises:
         FileExistsError: out is not empty and resume is off.
-        FileNotFoundError, ValueError: data that cannot be read as text; a config that makes no model. Both before
-            anything is written.
+        FileNotFoundError, ValueError: before anything is written: data that is no text; a config of no model.
     """
     from accelerate import PartialState
-    from transformers import set_seed
 
-    check_settings(config)
     state = PartialState(cpu=not torch.accelerator.is_available())
+    config, tokenizer, model = prepare(config)
     if state.is_main_process:  # alone: the others may already see what it writes next
-        check_out(config)
-    tokenizer = load_tokenizer(config)
-    train_spans, eval_spans = corpus(config)
-    set_seed(config.seed)
-    model = MaskedLM(encoder_config(config, len(tokenizer)))
-    train_set = train_stream(config, tokenizer, train_spans)
-    eval_set, eval_files = fixed_eval_set(config, tokenizer, eval_spans)
-    baseline = guess_commonest(train_set, eval_set)
-
-    trainer = build_trainer(config, model, train_set, eval_set)
+        runs.check_out(config.out, config, config.resume, CHECKPOINTS * model.num_parameters())
+    train_sources, eval_sources = corpus(config)
+    maker = block_maker(config, tokenizer)
+    train_set = streams.train_stream(maker, train_sources)
+    eval_set, eval_files = streams.held_out_blocks(maker, eval_sources, config.eval_blocks)
+    baseline = streams.commonest_token(train_set, eval_set)
+    trainer = build_trainer(config, model, tokenizer, train_set, eval_set)
+    state.wait_for_everyone()
     if state.is_main_process:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / "pretrain.json", {"config": asdict(config), "environment": describe()})
-        save_config(model.encoder_config, config.out)
-        tokenizer.save_pretrained(str(config.out))
-    trainer.train(resume_from_checkpoint=config.resume)
-    trainer.save_model()
-    held_out = trainer.evaluate()
-    metrics = {
-        "held_out": {
-            "accuracy": held_out["eval_accuracy"],
-            "loss_nats": held_out["eval_loss_nats"],
-            "blocks": len(eval_set),
-            "files": eval_files,
-            "baseline": baseline,
-        },
-        "train": {
-            "files": len(train_spans),
-            "bytes": sum(span.stop - span.start for span in train_spans),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
-        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_accuracy" in entry],
-    }
+        runs.start(config.out, "pretrain", config)
+    with runs.full_disk_told(config.out):
+        scores = fit(config, trainer)
+    metrics = summary(config, trainer, scores)
+    metrics["examples"] = {"train": None, "eval": len(eval_set)}  # the stream has no end
+    metrics["held_out"] = {**scores, "blocks": len(eval_set), "files": eval_files, "baseline": baseline}
+    files, size = len({source.path for source in train_sources}), sum(source.size or 0 for source in train_sources)
+    metrics["train"] = {"files": files, "bytes": size, "parameters": metrics["parameters"]}
     if state.is_main_process:
-        write_json(config.out / "metrics.json", metrics)
+        runs.plot_curve(metrics["curve"], config.out / "curve.png")
+        runs.write_json(config.out / "metrics.json", metrics)
     return metrics
 
 
+def fit(config: Pretrain, trainer: "Trainer") -> dict[str, float]:
+    """Train from the last whole checkpoint on, save the model, and return its scores on held-out text."""
+    from nystrom.hf.resuming import train_from
+
+    train_from(trainer, runs.resume_point(config.out) if config.resume else None)
+    trainer.save_model()
+    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return {name: found[name] for name in SCORES if name in found}
+
+
+def plan(config: Pretrain) -> list[str]:
+    """What the run will take, from a few real steps; nothing is kept."""
+    from nystrom.hf.estimate import estimate
+
+    config, tokenizer, model = prepare(config)
+    stream = iter(streams.train_stream(block_maker(config, tokenizer), corpus(config)[0]))
+    collate, size = streams.make_collate(cast(int, tokenizer.pad_token_id)), cast(int, config.batch_size)
+    batches = (collate(list(islice(stream, size))) for _ in count())
+    bfloat16 = runs.mixed_precision(config.precision)["bf16"]
+    found = estimate(model, batches, cast(int, config.gradient_accumulation), bfloat16)
+    seconds = cast(int, config.steps) * found["seconds"]
+    weights, activations = (found[name] / 2**20 for name in ("weights", "activations"))
+    return [
+        f"{model.num_parameters():,} parameters, attention {config.attention}",
+        f"about {weights + activations:,.0f} MiB of memory: {weights:,.0f} for weights, gradients and the moments of "
+        f"AdamW, {activations:,.0f} for what a batch of {size} blocks of {config.length} tokens keeps (an estimate)",
+        f"about {seconds / 60:,.1f} minutes for {config.steps:,} steps of {found['seconds']:.2f} s, without scoring",
+    ]
+
+
+def prepare(config: Pretrain) -> "tuple[Pretrain, PreTrainedTokenizerBase, NystromformerForPreTraining]":
+    """The settings with nothing left open, the tokenizer and the model."""
+    from transformers import set_seed
+
+    from nystrom.hf.classifier import OWN
+
+    of_the_model = () if config.init is None else (*SIZES, "length")
+    open_ones = [name for name, value in OPEN.items() if getattr(config, name) == value and name not in of_the_model]
+    config = replace(config, **{name: PRESETS[config.preset][name] for name in open_ones})
+    check_settings(config)
+    runs.mixed_precision(config.precision)
+    name, needed = str(config.init or config.tokenizer or "bytes"), ("cls",) if config.sentence_order else ()
+    tokenizer = load_tokenizer(name, needed)
+    set_seed(config.seed)
+    model = build_model(config, tokenizer) if config.init is None else load_model(config, tokenizer)
+    own = model.config
+    tokenizer.model_max_length = own.max_position_embeddings
+    config = replace(
+        config,
+        **{name: getattr(own, field) for name, field in SIZES.items()},
+        num_landmarks=own.num_landmarks,
+        attention=next(name for name, kind in OWN.items() if kind == own.attention),
+        length=config.length or own.max_position_embeddings,
+        tokenizer=name,
+        packing=config.packing or (None if config.sentence_order else "stream"),
+    )
+    return config, tokenizer, model
+
+
 def check_settings(config: Pretrain) -> None:
-    """Raise ValueError for a setting out of range; the model checks its own sizes."""
-    least = {"length": 2, "steps": 1, "batch_size": 1, "eval_blocks": 1, "eval_steps": 1, "seed": 0}
+    """Raise ValueError for a setting out of range, or a contradiction of two; the model checks its own sizes."""
+    least = {"length": 8 if config.sentence_order else 2, "steps": 1, "batch_size": 1, "gradient_accumulation": 1}
+    least |= {"eval_blocks": 1, "eval_steps": 1, "seed": 0}
     for name, lowest in least.items():
-        if getattr(config, name) < lowest:
-            raise ValueError(f"{name} must be at least {lowest}: got {getattr(config, name)}")
-    if not config.lr > 0:
-        raise ValueError(f"lr must be positive: got {config.lr}")
-    if not config.weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative: got {config.weight_decay}")
-    if not 0 <= config.warmup <= 1:
-        raise ValueError(f"warmup must be in [0, 1]: got {config.warmup}")
-    if not 0 < config.mask_probability <= 1:
-        raise ValueError(f"mask_probability must be above 0 and at most 1: got {config.mask_probability}")
-
-
-def check_out(config: Pretrain) -> None:
-    """Never write over an earlier run, nor go on with one under other settings."""
-    if not config.resume:
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-            raise FileExistsError(f"{config.out}: exists and is not an empty folder; pass another --out, or --resume")
-        return
-    if not list(config.out.glob("checkpoint-*")):
-        raise FileNotFoundError(f"{config.out}: no checkpoint to resume from; leave out --resume to start")
-    before = json.loads((config.out / "pretrain.json").read_text())["config"]
-    now = json.loads(json.dumps(asdict(config), default=str))
-    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if now[name] != before.get(name)]
-    changed = [change for change in changed if not change.startswith("resume ")]
-    if changed:
-        raise ValueError(f"{config.out}: a resumed run keeps its settings: {'; '.join(changed)}; pass the first ones")
-
-
-def load_tokenizer(config: Pretrain) -> "PreTrainedTokenizerBase":
-    """The byte tokenizer (256 bytes after 6 special ids), or any Hugging Face one."""
-    from transformers import AutoTokenizer, PerceiverTokenizer
-
-    if config.tokenizer == "bytes":
-        return PerceiverTokenizer(model_max_length=config.length)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    for token in ("mask", "sep", "pad"):
-        if getattr(tokenizer, f"{token}_token_id") is None:
-            raise ValueError(f"{config.tokenizer}: this tokenizer has no {token} token; masked modelling needs one")
-    return tokenizer
-
-
-def corpus(config: Pretrain) -> "tuple[list[Span], list[Span]]":
-    """Checked training and held-out spans: every file is read once here, so that a bad one stops the run now."""
-    files = text_files(config.data) if config.data else python_files()
-    held_out = text_files(config.eval_data)
-    if shared := set(files) & set(held_out):
-        raise ValueError(f"--data and --eval-data must share no file: both hold {min(shared)} ({len(shared)} in all)")
-    spans = [check_text(path) for path in files]
-    return (spans, [check_text(path) for path in held_out]) if held_out else split(spans, fraction=0.05)
-
-
-def encoder_config(config: Pretrain, vocab_size: int) -> EncoderConfig:
-    """The model's sizes."""
-    return EncoderConfig(
-        vocab_size=vocab_size,
-        max_length=config.length,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        ffn_dim=config.ffn_dim,
-        dropout=config.dropout,
-        kind=config.attention,
-        num_landmarks=config.num_landmarks,
-        conv_kernel_size=config.conv_kernel_size,
-    )
-
-
-def train_stream(config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]") -> "IterableDataset":
-    """Masked blocks of the files without end, in shuffled order; shards are what workers and ranks divide.
-
-    One endless pass rather than epochs: then a resumed run finds its place by counting blocks from the start.
-    """
-    from datasets import IterableDataset
-
-    files = random.Random(config.seed).sample(spans, len(spans))
-    num_shards = min(64, len(files))
-    arguments = {
-        "shards": [files[i::num_shards] for i in range(num_shards)],
-        "encode": make_encode(tokenizer),
-        "separator": tokenizer.sep_token_id,
-        "length": config.length,
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}: got {value}")
+    in_range = {
+        "lr": (cast(float, config.lr) > 0, "positive"),
+        "weight_decay": (config.weight_decay >= 0, "at least 0"),
+        "warmup": (0 <= cast(float, config.warmup) <= 1, "in [0, 1]"),
+        "mask_probability": (0 < config.mask_probability <= 1, "above 0 and at most 1"),
     }
-    dataset = IterableDataset.from_generator(blocks, gen_kwargs=arguments).repeat(None)
-    return dataset.shuffle(seed=config.seed, buffer_size=256).map(make_mask(config, tokenizer), with_indices=True)
+    for name, (good, rule) in in_range.items():
+        if not good:
+            raise ValueError(f"{name} must be {rule}: got {getattr(config, name)}")
+    if config.sentence_order and config.packing is not None:
+        raise ValueError(f"packing is settled by sentence_order, one document a block: got {config.packing}")
+    if config.init is not None and config.tokenizer is not None:
+        raise ValueError(f"tokenizer must be left out, it is that of init: got {config.tokenizer} and {config.init}")
+    if config.dataset is not None and (config.data or config.eval_data):
+        raise ValueError(f"dataset takes the place of data and eval_data: got {config.dataset} beside them")
 
 
-def fixed_eval_set(
-    config: Pretrain, tokenizer: "PreTrainedTokenizerBase", spans: "list[Span]"
-) -> tuple[list[dict[str, Any]], int]:
-    """Masked blocks of held-out files, as evenly from each as they allow, from a random place on; and the files' count.
+def build_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "NystromformerForPreTraining":
+    """A new model, untrained."""
+    from nystrom.hf import NystromformerConfig, NystromformerForPreTraining
+    from nystrom.hf.classifier import OWN
 
-    Raises:
-        ValueError: so little text that no token is masked.
-    """
-    generator = random.Random(config.seed)
-    files = generator.sample(spans, min(len(spans), config.eval_blocks))
-    per_file = -(-config.eval_blocks // len(files))
-    encode, mask = make_encode(tokenizer), make_mask(config, tokenizer)
-    chosen: list[tuple[dict[str, Any], str]] = []
-    for span in files:
-        stretch = from_random_place(span, per_file * config.length, generator)
-        found = blocks([[stretch]], encode, cast(int, tokenizer.sep_token_id), config.length)
-        chosen += [(block, span.path) for block in islice(found, per_file)]
-    chosen = chosen[: config.eval_blocks]
-    masked = [mask(block, place) for place, (block, _) in enumerate(chosen)]
-    if not any((block["labels"] != -100).any() for block in masked):
-        raise ValueError(f"held-out text of {len(chosen)} blocks is too short to mask a token; pass more --eval-data")
-    return masked, len({path for _, path in chosen})
-
-
-def make_mask(
-    config: Pretrain, tokenizer: "PreTrainedTokenizerBase"
-) -> Callable[[dict[str, Any], int], dict[str, Any]]:
-    """Block -> block with labels: of the chosen tokens 80 % masked, 10 % replaced at random, 10 % left.
-
-    The draw depends on the seed, the block and its place in the stream, on nothing before it: so every pass has new
-    masks, and a resumed run those of an uninterrupted one.
-    """
-    from transformers import DataCollatorForLanguageModeling
-
-    collator = DataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=config.mask_probability, mask_replace_prob=0.8, random_replace_prob=0.1
+    sizes = NystromformerConfig(
+        **{field: getattr(config, name) for name, field in SIZES.items()},
+        attention=OWN[config.attention or "nystrom"],
+        num_landmarks=64 if config.num_landmarks is None else config.num_landmarks,
+        **FORM[config.preset],
+        sentence_order=config.sentence_order,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=cast(int, config.length),
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
-
-    def mask(block: dict[str, Any], place: int) -> dict[str, Any]:
-        with torch.random.fork_rng(devices=[]):
-            key = np.asarray([config.seed, place, *block["input_ids"]], np.int64)
-            torch.manual_seed(zlib.crc32(key.tobytes()))  # the CPU generator takes 32 bits
-            batch = collator([block])
-        return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0]}
-
-    return mask
+    return NystromformerForPreTraining(sizes)
 
 
-def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Masked blocks -> the model's arguments, padded on the right; attn_mask only where there is padding."""
-    ids, labels = ([torch.as_tensor(example[name]) for example in examples] for name in ("input_ids", "labels"))
-    lengths = torch.tensor([len(x) for x in ids])
-    batch = {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
-    if lengths.min() < lengths.max():
-        batch["attn_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
-    return batch
+def load_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "NystromformerForPreTraining":
+    """The model of --init, with the attention and the length asked for."""
+    from accelerate import PartialState
+
+    from nystrom.hf.starting import start_from
+
+    given = {name: getattr(config, name) for name in SIZES if getattr(config, name) != OPEN[name]}
+    kernel = given.get("conv_kernel_size", PRESETS[config.preset]["conv_kernel_size"])
+    changes = dict(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    changes |= {} if config.num_landmarks is None else {"num_landmarks": config.num_landmarks}
+    changes["sentence_order"] = config.sentence_order
+    model, new = start_from(cast(Path, config.init), kernel, config.attention, **changes)
+    for name, value in given.items():
+        if value != (own := getattr(model.config, SIZES[name])):
+            raise ValueError(f"{name} is {own} in {config.init}: got {value}; leave it out")
+    if len(tokenizer) > (own := model.config.vocab_size):
+        raise ValueError(f"{config.init}: its tokenizer has {len(tokenizer)} tokens, its model {own}")
+    if config.length is not None and config.length > model.config.max_position_embeddings:
+        model.extend_positions(config.length, config.positions)
+    if new:
+        PartialState().print(f"{config.init}: new, untrained weights: {', '.join(new)}")
+    return model
+
+
+def corpus(config: Pretrain) -> "tuple[Sequence[Source], Sequence[Source]]":
+    """Training and held-out sources. Every file is read once here, so that a bad one stops the run now."""
+    if config.dataset is not None:
+        splits = (config.dataset_split, config.dataset_eval_split)
+        return rows.corpus(config.dataset, config.dataset_config, *splits, config.text_field, HELD_OUT)
+    files = config.data or python_files()
+    return sources.corpus(files, config.eval_data, config.text_field, config.encoding, HELD_OUT)
+
+
+def block_maker(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> streams.BlockMaker:
+    """How this run's blocks are made."""
+    names = ("sentence_order", "mask_probability", "whole_words", "seed")
+    return streams.BlockMaker(
+        tokenizer=tokenizer,
+        length=cast(int, config.length),
+        packing=config.packing or "documents",
+        **{name: getattr(config, name) for name in names},
+    )
 
 
 def build_trainer(
-    config: Pretrain, model: MaskedLM, train_set: "IterableDataset", eval_set: list[dict[str, Any]]
+    config: Pretrain,
+    model: "NystromformerForPreTraining",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_set: "IterableDataset",
+    eval_set: "list[Block]",
 ) -> "Trainer":
     """Hugging Face's Trainer: loop, schedule, checkpoints, logs and processes are its business."""
-    from transformers import ProgressCallback, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    class Progress(ProgressCallback):
-        """The loss beside the bar, instead of a line of figures at every log."""
+    from nystrom.hf.scores import place_predictions, score
+    from nystrom.training import Clock, MarkComplete, show_progress
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if self.training_bar is not None and logs and "loss" in logs:
-                self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
+    steps = cast(int, config.steps)
     arguments = TrainingArguments(
         output_dir=str(config.out),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        learning_rate=config.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup * config.steps),
+        max_steps=steps,
+        per_device_train_batch_size=cast(int, config.batch_size),
+        per_device_eval_batch_size=cast(int, config.batch_size),
+        gradient_accumulation_steps=cast(int, config.gradient_accumulation),
+        learning_rate=cast(float, config.lr),
+        lr_scheduler_type=cast(str, config.schedule),
+        warmup_steps=round(cast(float, config.warmup) * steps),
         weight_decay=config.weight_decay,
-        logging_steps=max(1, config.steps // 50),
+        logging_steps=max(1, steps // 50),
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_steps=config.eval_steps,
         save_total_limit=2,
         report_to="tensorboard",
+        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
+        label_names=["labels", "sentence_order_label"] if config.sentence_order else ["labels"],
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),  # or torchrun would start processes that know nothing of another
         accelerator_config={"dispatch_batches": False},  # each process pads its own batches
+        **cast(Any, runs.mixed_precision(config.precision)),
     )
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=cast(Any, train_set),
         eval_dataset=cast(Any, eval_set),  # a list of examples is a map-style dataset
-        data_collator=collate,
+        processing_class=tokenizer,
+        data_collator=streams.make_collate(cast(int, tokenizer.pad_token_id)),
         preprocess_logits_for_metrics=cast(Any, place_predictions),
-        compute_metrics=masked_metrics,
+        compute_metrics=score,
+        callbacks=[MarkComplete(), Clock()],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress())
+    show_progress(trainer)
     return trainer
 
 
-def place_predictions(logits: "torch.Tensor", labels: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
-    """Predicted id and loss at each labelled token, elsewhere -100 and 0: small, and the same shape in every batch."""
-    labelled = labels != -100
-    predictions, losses = labels.new_full(labels.shape, -100), logits.new_zeros(labels.shape, dtype=torch.float32)
-    predictions[labelled] = logits.argmax(-1)
-    losses[labelled] = torch.nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
-    return predictions, losses
+def summary(config: Pretrain, trainer: "Trainer", scores: dict[str, float]) -> dict[str, Any]:
+    """What metrics.json holds of any run."""
+    from nystrom.training import clock
 
-
-def masked_metrics(evaluated: "EvalPrediction") -> dict[str, float]:
-    """Part of the labelled tokens predicted right, and their mean loss: per token, however they fell into batches."""
-    predictions, losses = cast(tuple[np.ndarray, np.ndarray], evaluated.predictions)
-    labelled = np.asarray(evaluated.label_ids) != -100
-    right = (predictions == np.asarray(evaluated.label_ids))[labelled]
-    return {"accuracy": float(right.mean()), "loss_nats": float(losses[labelled].mean())}
-
-
-def guess_commonest(train_set: "IterableDataset", eval_set: list[dict[str, Any]]) -> dict[str, Any]:
-    """What always answering the commonest token of the training text (its first 256 blocks) would score."""
-    answers = torch.cat([torch.as_tensor(block["labels"]) for block in train_set.take(256)])
-    commonest = int(answers[answers != -100].bincount().argmax())
-    labels = torch.cat([torch.as_tensor(example["labels"]) for example in eval_set])
-    return {"token": commonest, "accuracy": (labels[labels != -100] == commonest).float().mean().item()}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    partial.replace(path)
+    seconds, tokens = clock(trainer).seconds, trainer.state.num_input_tokens_seen
+    kept = ("step", "seconds", "num_input_tokens_seen", "loss", "eval_score", *(f"eval_{name}" for name in SCORES))
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry]
+    once = {(entry["step"], "loss" in entry): entry for entry in entries}  # the last step was scored twice
+    return {
+        "task": "pretrain",
+        "attention": config.attention,
+        "seed": config.seed,
+        "score": {"name": "masked accuracy", "value": scores["accuracy"]},
+        "scores": scores,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "parameters": cast("PreTrainedModel", trainer.model).num_parameters(),
+        "curve": [{name: entry[name] for name in kept if name in entry} for entry in once.values()],
+    }

@@ -1,0 +1,35 @@
+"""Sizes and schedules for `nystrom pretrain`: `tiny` trains on two cores, `small` and `base` are the paper's."""
+
+from typing import Any
+
+SIZES = {
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size",
+    "conv_kernel_size": "conv_kernel_size",
+}
+"""Sizes that a preset has, or the model to start from: our names, and those in config.json."""
+OPEN = {name: "preset" if name == "conv_kernel_size" else None for name in (*SIZES, "length", "steps", "batch_size")}
+OPEN |= dict.fromkeys(("gradient_accumulation", "lr", "warmup", "schedule", "dropout"))
+"""Settings that are the preset's where they are not given, and what says so."""
+
+# Batches of 256 and the rate are the paper's; warm-up, the linear fall and the kernel those of the authors' code.
+_PAPER = {
+    **dict(conv_kernel_size=65, length=512, batch_size=32, gradient_accumulation=8),
+    **dict(lr=1e-4, warmup=0.01, schedule="linear", dropout=0.1),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **dict(embed_dim=128, num_layers=4, num_heads=4, ffn_dim=512, conv_kernel_size=33, length=1024, dropout=0.0),
+        **dict(steps=4000, batch_size=8, gradient_accumulation=1, lr=2e-3, warmup=0.05, schedule="cosine"),
+    },
+    "small": {**_PAPER, **dict(embed_dim=512, num_layers=4, num_heads=8, ffn_dim=2048, steps=100_000)},
+    "base": {**_PAPER, **dict(embed_dim=768, num_layers=12, num_heads=12, ffn_dim=3072, steps=500_000)},
+}
+FORM: dict[str, dict[str, Any]] = {
+    "tiny": {"norm_first": True, "hidden_act": "gelu"},
+    "small": {"norm_first": False, "hidden_act": "gelu_new"},
+    "base": {"norm_first": False, "hidden_act": "gelu_new"},
+}
+"""What else a preset's model is, as config.json names it."""
