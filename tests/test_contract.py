@@ -53,6 +53,7 @@ ORDER = [
     "data",
     "bench",
     "inspect",
+    "report",
     "recipes",
     "demo",
     "cli",

@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> None:
     from nystrom.bench import error, front, memory, models, plot, sentences, speed, synthetic, table
     from nystrom.inspect import command as inspection
     from nystrom.recipes import convert, fill_mask, finetune, pretrain
+    from nystrom.report import command as report
 
     @dataclass(frozen=True)
     class Bench:
@@ -69,6 +70,7 @@ def run(arguments: list[str]) -> None:
         | Annotated[pretrain.Pretrain, subcommand("pretrain")]
         | Annotated[fill_mask.FillMask, subcommand("fill-mask")]
         | Annotated[Finetune, subcommand("finetune")]
+        | Annotated[report.Report, subcommand("report")]
         | Annotated[inspection.Inspect, subcommand("inspect")]
         | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[Bench, subcommand("bench")],
@@ -85,6 +87,8 @@ def run(arguments: list[str]) -> None:
             fill_mask.run(command)
         case Finetune(task):
             finetune.run(task)
+        case report.Report():
+            report.run(command)
         case inspection.Inspect():
             inspection.run(command)
         case convert.Convert():

@@ -157,6 +157,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def summarise(out: Path, seeds: Sequence[int], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write summary.json: mean and standard deviation over the seeds of what each metrics.json holds."""
+    from accelerate import PartialState
+
     first = runs[0]
     summary = {
         "task": first["task"],
@@ -165,7 +167,8 @@ def summarise(out: Path, seeds: Sequence[int], runs: Sequence[dict[str, Any]]) -
         "score": {"name": first["score"]["name"], **spread([run["score"]["value"] for run in runs])},
         "scores": {name: spread([run["scores"][name] for run in runs]) for name in first["scores"]},
     }
-    write_json(out / "summary.json", summary)
+    if PartialState().is_main_process:
+        write_json(out / "summary.json", summary)
     return summary
 
 

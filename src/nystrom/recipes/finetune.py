@@ -153,9 +153,8 @@ def train(config: Finetune) -> dict[str, Any]:
 
     Raises:
         FileExistsError: out is not empty, and resume is off.
-        ValueError, OSError: data, model or settings that cannot be used. All before anything is written.
-        OSError: the disk is full.
-        ValueError: training diverged.
+        ValueError, OSError: data, model or settings that cannot be used, all before anything is written; later a full
+            disk, or training that diverged.
     """
     from accelerate import PartialState
 
@@ -205,10 +204,9 @@ def plan(config: Finetune) -> list[str]:
 
     job, tokenizer, model = prepare(config)
     encoded = jobs.encoded(job, tokenizer, config.length)
-    batch = config.batch_size * config.gradient_accumulation
+    batch, rates = config.batch_size * config.gradient_accumulation, []
     longest = sorted(encoded.train, key=lambda row: len(row["input_ids"]))[-batch:]
     usual = random.Random(0).choices(encoded.train, k=4 * batch)
-    rates = []
     with tempfile.TemporaryDirectory() as folder:
         probe = replace(config, epochs=1.0, early_stopping=None)
         for rows in (longest, usual):
@@ -287,7 +285,7 @@ def read(config: Finetune) -> Job:
 
 
 def load_model(config: Finetune, job: Job) -> "PreTrainedModel":
-    """The pretrained encoder with a new head, and the attention asked for."""
+    """The pretrained encoder with a head, and the attention asked for."""
     from nystrom.hf.classifier import load_classifier
 
     given = {name: getattr(config, name) for name in SETTINGS if getattr(config, name) is not None}

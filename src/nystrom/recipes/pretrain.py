@@ -272,8 +272,8 @@ def build_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "Nyst
         sentence_order=config.sentence_order,
         vocab_size=len(tokenizer),
         max_position_embeddings=cast(int, config.length),
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
+        hidden_dropout_prob=cast(float, config.dropout),
+        attention_probs_dropout_prob=cast(float, config.dropout),
         **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
     return NystromformerForPreTraining(sizes)

@@ -1,0 +1,1 @@
+"""Runs side by side: what `nystrom finetune` and `nystrom pretrain` left behind, as one table."""
