@@ -349,7 +349,7 @@ def test_a_run_is_never_written_over_nor_changed(trained, corpus):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     with pytest.raises(FileExistsError, match="exists and is not an empty folder; pass another --out, or --resume"):
         train(Pretrain(data=(corpus,), out=trained, **TINY))
-    with pytest.raises(ValueError, match=r"a resumed run keeps its settings: lr was 0.001, is 0.5; pass"):
+    with pytest.raises(ValueError, match=r"a resumed run keeps its settings: lr was 0.002, is 0.5; pass"):
         train(Pretrain(data=(corpus,), out=trained, resume=True, lr=0.5, **TINY))
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
