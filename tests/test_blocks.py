@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PerceiverTokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizerFast, PerceiverTokenizer, PreTrainedTokenizerFast
 
 from nystrom.data.masking import make_mask
 from nystrom.data.packing import make_encode
@@ -138,12 +138,14 @@ def test_masks_depend_on_place_and_seed_alone():
 @given(st.text(alphabet="ab.!? \n\"'é", max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_sentences_are_the_text(text):
-    assert "".join(sentences(text)) == text
+    found = sentences(text)
+    assert "".join("".join(found).split()) == "".join(text.split())
+    assert all(sentence[0] == " " and sentence[1:] == sentence.strip() for sentence in found)
 
 
 def test_sentences_end_where_a_reader_would_say():
     text = 'He said "No." Then he left.\nA list:\n\n1.5 metres? Yes!'
-    assert sentences(text) == ['He said "No."', " Then he left.", "\nA list:", "\n\n1.5 metres?", " Yes!"]
+    assert sentences(text) == [' He said "No."', " Then he left.", " A list:", " 1.5 metres?", " Yes!"]
 
 
 DOCUMENTS = ["One here. Two now! Three?\nFour.", "No end", "x" * 100 + ". Short. Shorter."]
@@ -168,21 +170,22 @@ def test_pairs_hold_every_document_once_in_order(tmp_path):
     for blocks in ordered(tmp_path, 40, range(30)):
         told = []
         for block in blocks:
-            ids, types = block["input_ids"], block["token_type_ids"]
-            assert len(ids) <= 40 and len(ids) == len(types) == len(block["word_starts"])
+            ids = block["input_ids"]
+            assert len(ids) <= 40 and len(ids) == len(block["word_starts"]) and "token_type_ids" not in block
             assert ids[0] == BYTES.cls_token_id and ids[-1] == BYTES.sep_token_id
             stops = np.flatnonzero(ids == BYTES.sep_token_id)
             first, second = ids[1 : stops[0]], ids[stops[0] + 1 : -1]
-            assert types.tolist() == [0] * (len(first) + 2) + [1] * (len(ids) - len(first) - 2)
             if block["sentence_order_label"] == -100:
                 assert len(stops) == 1
             else:
-                assert len(stops) == 2 and len(first) and len(second)
+                assert len(stops) == 2  # and neither side's beginning tells the order
+                assert [text_of(part[:2]).index(" ") for part in (first, second)] == [0, 0]
+                assert " " not in (text_of(first)[1], text_of(first)[-1], text_of(second)[1], text_of(second)[-1])
             told.append(
                 text_of(np.concatenate([second, first] if block["sentence_order_label"] == 1 else [first, second]))
             )
-        assert "".join(told) == "".join(DOCUMENTS)
-        assert DOCUMENTS[1] in told
+        assert "".join(told) == "".join(sentence for document in DOCUMENTS for sentence in sentences(document))
+        assert " No end" in told
 
 
 def test_half_of_the_pairs_are_swapped(tmp_path):
@@ -190,14 +193,27 @@ def test_half_of_the_pairs_are_swapped(tmp_path):
     drawn = [blocks[0] for blocks in ordered(tmp_path, 60, range(1000))]
     labels = Counter(block["sentence_order_label"] for block in drawn)
     assert set(labels) == {0, 1} and abs(labels[1] - 500) < 5 * 250**0.5
-    assert len({(block["token_type_ids"] == 0).sum() for block in drawn}) > 3
+    assert len({block["input_ids"].tolist().index(BYTES.sep_token_id) for block in drawn}) > 3
+
+
+def test_types_of_tokens_are_those_of_the_tokenizers_pairs(tmp_path):
+    letters = [chr(i) for i in range(33, 127)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    (tmp_path / "a.txt").write_text("a! b?")
+    (block,) = stretches([[check_text(tmp_path / "a.txt")]], make_encode(tokenizer), 16)
+    for place in range(10):
+        made = make_order(tokenizer, seed=0)(block, place)
+        pair = ("b?", "a!") if made["sentence_order_label"] == 1 else ("a!", "b?")
+        assert made["input_ids"].tolist() == tokenizer(*pair)["input_ids"]
+        assert made["token_type_ids"].tolist() == tokenizer(*pair)["token_type_ids"]
 
 
 def test_a_sentence_alone_has_no_order(tmp_path):
     labels = [block["sentence_order_label"] for blocks in ordered(tmp_path, 40, range(20)) for block in blocks]
     assert -100 in labels
     alone = [blocks[1] for blocks in ordered(tmp_path, 40, range(20))]
-    assert {text_of(block["input_ids"][1:-1]) for block in alone} == {"No end"}
+    assert {text_of(block["input_ids"][1:-1]) for block in alone} == {" No end"}
     assert {block["sentence_order_label"] for block in alone} == {-100}
 
 

@@ -33,3 +33,5 @@ FORM: dict[str, dict[str, Any]] = {
     "base": {"norm_first": False, "hidden_act": "gelu_new"},
 }
 """What else a preset's model is, as config.json names it."""
+FROM_A_MODEL = {"lr": 1e-4, "schedule": "linear", "dropout": None}
+"""What differs where training starts from a model: a rate that does not wreck it, and its own dropout."""

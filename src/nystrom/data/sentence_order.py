@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
 SPECIAL = 3
 """Tokens beside the text: [CLS] A [SEP] B [SEP]."""
-# The space goes with what follows it, as the tokenizers of GPT-2 and its kin expect.
-BOUNDARY = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["')\]’”])(?=\s)|(?<=\S)(?=\n)""")
+BOUNDARY = re.compile(r"""(?<=[.!?])\s|(?<=[.!?]["')\]’”])\s|\n""")
 
 
 def sentences(text: str) -> list[str]:
-    """The text cut after sentences and at line ends; joined they are the text."""
-    return BOUNDARY.split(text)
+    """The text cut after sentences and at line ends. Each begins with one space, the first as well, and ends without
+    one: else what a block begins with would tell whether it has been swapped.
+    """
+    return [" " + sentence for part in BOUNDARY.split(text) if (sentence := part.strip())]
 
 
 def stretches(shards: list[list[Source]], encode: Encode, length: int) -> Iterator[dict[str, np.ndarray]]:
     """Whole sentences of one document, as many as fit into `length` tokens beside the special ones.
 
-    A sentence longer than half of that is cut.
+    A sentence that does not fit is cut into stretches of its own.
 
     Yields:
         input_ids, word_starts and sentence_starts, each (tokens,).
@@ -40,21 +41,18 @@ def stretches(shards: list[list[Source]], encode: Encode, length: int) -> Iterat
     for sources in shards:
         for document in (document for source in sources for document in source.documents()):
             held: list[np.ndarray] = []
-            for sentence in _encoded(document, encode, max(1, room // 2)):
-                if sum(part.shape[1] for part in held) + sentence.shape[1] > room:
+            for sentence in (encode(sentence) for piece in document for sentence in sentences(piece)):
+                if held and sum(part.shape[1] for part in held) + sentence.shape[1] > room:
                     yield _stretch(held)
                     held = []
-                held.append(sentence)
+                if sentence.shape[1] > room:
+                    yield from (
+                        _stretch([part]) for part in np.split(sentence, range(room, sentence.shape[1], room), 1)
+                    )
+                elif sentence.shape[1]:
+                    held.append(sentence)
             if held:
                 yield _stretch(held)
-
-
-def _encoded(document: Iterator[str], encode: Encode, most: int) -> Iterator[np.ndarray]:
-    for piece in document:
-        for sentence in sentences(piece):
-            tokens = encode(sentence)
-            for first in range(0, tokens.shape[1], most):
-                yield tokens[:, first : first + most]
 
 
 def _stretch(parts: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -65,14 +63,15 @@ def _stretch(parts: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def make_order(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Callable[[dict[str, Any], int], dict[str, Any]]:
-    """Stretch, its place in the stream -> block [CLS] A [SEP] B [SEP] with token_type_ids, 0 up to the first [SEP], and
-    sentence_order_label: 0 in order, 1 swapped, -100 where there is one sentence only, in a block [CLS] A [SEP].
+    """Stretch, its place in the stream -> block [CLS] A [SEP] B [SEP] with sentence_order_label: 0 in order, 1 swapped,
+    -100 where there is one sentence only, in a block [CLS] A [SEP]. Where the tokenizer makes token_type_ids of pairs,
+    as BERT's does, so does this: 0 up to the first [SEP].
 
     Where A ends, and whether the two are swapped, is drawn anew at each place, from the seed and the block alone.
     """
     before = np.asarray([cast(int, tokenizer.cls_token_id)])
     after = np.asarray([cast(int, tokenizer.sep_token_id)])
-    one = np.ones(1, np.int64)
+    one, with_types = np.ones(1, np.int64), "token_type_ids" in tokenizer.model_input_names
 
     def order(block: dict[str, Any], place: int) -> dict[str, Any]:
         ids, words = np.asarray(block["input_ids"]), np.asarray(block["word_starts"])
@@ -83,13 +82,14 @@ def make_order(tokenizer: "PreTrainedTokenizerBase", seed: int) -> Callable[[dic
         else:
             cut, label = bounds[generator.integers(len(bounds))], int(generator.integers(2))
             pairs = list(zip(np.split(ids, [cut]), np.split(words, [cut]), strict=True))[:: -1 if label else 1]
-        return {
+        made = {
             "input_ids": np.concatenate([before, *(part for a, _ in pairs for part in (a, after))]),
             "word_starts": np.concatenate([one, *(part for _, w in pairs for part in (w, one))]),
-            "token_type_ids": np.repeat(
-                np.arange(len(pairs)), [len(a) + (2 if i == 0 else 1) for i, (a, _) in enumerate(pairs)]
-            ),
             "sentence_order_label": label,
         }
+        if with_types:
+            lengths = [len(a) + (2 if i == 0 else 1) for i, (a, _) in enumerate(pairs)]
+            made["token_type_ids"] = np.repeat(np.arange(len(pairs)), lengths)
+        return made
 
     return order

@@ -20,7 +20,7 @@ from nystrom import runs
 from nystrom.data import rows, sources, streams
 from nystrom.data.packing import Packing, load_tokenizer
 from nystrom.data.text import Encoding, python_files
-from nystrom.presets import FORM, OPEN, PRESETS, SIZES
+from nystrom.presets import FORM, FROM_A_MODEL, OPEN, PRESETS, SIZES
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 Attention = Literal["softmax", "nystrom", "nystrom_shift", "nystrom_residual"]
 HELD_OUT = 0.05  # part of the documents, where no others are named
 SCORES = ("accuracy", "loss_nats", "perplexity", "sentence_order_accuracy")
-CHECKPOINTS = 3 * (4 + 2 * 4)
-"""Bytes on disk per parameter: up to three checkpoints at a time, with the moments of AdamW."""
+CHECKPOINTS = 3 * (4 + 2 * 4)  # bytes a parameter: up to three at a time, with the moments of AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ class Pretrain:
     ffn_dim: int | None = None
     """Width inside the feed-forward part."""
     dropout: float | None = None
-    """Probability of dropping a hidden unit or an attention weight while training. Default: tiny 0, else 0.1."""
+    """Probability of dropping a hidden unit or weight. Default: tiny 0, small and base 0.1, with --init its own."""
 
     steps: int | None = None
     """Optimiser steps (count)."""
@@ -109,7 +108,7 @@ class Pretrain:
     gradient_accumulation: int | None = None
     """Batches per optimiser step (count)."""
     lr: float | None = None
-    """Peak learning rate of AdamW, after warm-up."""
+    """Peak learning rate of AdamW, after warm-up. Default: tiny 0.002, small and base, and with --init, 0.0001."""
     warmup: float | None = None
     """Part of the steps spent warming up."""
     schedule: Literal["cosine", "linear"] | None = None
@@ -213,7 +212,8 @@ def prepare(config: Pretrain) -> "tuple[Pretrain, PreTrainedTokenizerBase, Nystr
 
     of_the_model = () if config.init is None else (*SIZES, "length")
     open_ones = [name for name, value in OPEN.items() if getattr(config, name) == value and name not in of_the_model]
-    config = replace(config, **{name: PRESETS[config.preset][name] for name in open_ones})
+    settings = PRESETS[config.preset] | ({} if config.init is None else FROM_A_MODEL)
+    config = replace(config, **{name: settings[name] for name in open_ones})
     check_settings(config)
     runs.mixed_precision(config.precision)
     name, needed = str(config.init or config.tokenizer or "bytes"), ("cls",) if config.sentence_order else ()
@@ -287,9 +287,9 @@ def load_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "Nystr
 
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name) != OPEN[name]}
     kernel = given.get("conv_kernel_size", PRESETS[config.preset]["conv_kernel_size"])
-    changes = dict(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
-    changes |= {} if config.num_landmarks is None else {"num_landmarks": config.num_landmarks}
-    changes["sentence_order"] = config.sentence_order
+    asked = {"num_landmarks": config.num_landmarks, "sentence_order": config.sentence_order}
+    asked |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout)
+    changes: Any = {name: value for name, value in asked.items() if value is not None}
     model, new = start_from(cast(Path, config.init), kernel, config.attention, **changes)
     for name, value in given.items():
         if value != (own := getattr(model.config, SIZES[name])):
