@@ -232,6 +232,18 @@ def test_evaluation_spreads_over_the_held_out_files(tmp_path):
     assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(finished, again, strict=True))
 
 
+def test_longer_files_make_up_for_short_ones(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text("".join(chr(97 + i) for _ in range(64 * (20 if i == 3 else 2))))
+    spans = [check_text(path) for path in sorted(tmp_path.iterdir())]
+    for count, num_files in ((3, 3), (10, 5), (20, 5), (28, 5)):
+        finished, files = held_out_blocks(maker(), spans, count)
+        assert len(finished) == count and files >= num_files
+        texts = [tuple(np.where(b["labels"] == -100, b["input_ids"], b["labels"]).tolist()) for b in finished]
+        assert max(texts.count(text) for text in texts if text[0] != ord("d") + 6) <= 2  # no block is taken twice
+    assert len(held_out_blocks(maker(), spans, 60)[0]) < 60  # there are no more
+
+
 def test_the_commonest_token_is_found(tmp_path):
     (tmp_path / "a.txt").write_text("aaab" * 500)
     span = check_text(tmp_path / "a.txt")
@@ -247,7 +259,7 @@ def test_a_stream_without_text_is_refused_not_waited_for(tmp_path):
 
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
     with pytest.raises(ValueError, match=r"no text to train on in .*a\.jsonl"):
-        train_stream(maker(), [Rows(str(tmp_path / "a.jsonl"), "text", 0)])
+        train_stream(maker(), [Rows(str(tmp_path / "a.jsonl"), "text", 0, 0, 1)])
 
 
 def test_padding_is_masked_out_of_the_batch():

@@ -10,7 +10,7 @@ from datasets import Dataset as HubDataset
 from pyarrow import parquet
 
 from nystrom.data import rows, sources
-from nystrom.data.rows import Rows, check_rows, read_rows
+from nystrom.data.rows import Rows, check_rows, read_rows, split_rows
 
 TEXTS = [f"Document {i % 90}.\nIts second line, {'very ' * (i % 7)}long." for i in range(100)]  # ten are there twice
 
@@ -33,7 +33,7 @@ def texts_of(source) -> list[str]:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "A.JSONL"])
 def test_every_row_is_a_document(tmp_path, name):
     path = write(tmp_path / name, TEXTS, "body")
-    (found,) = check_rows(path, "body", None)
+    found = check_rows(path, "body")
     assert texts_of(found) == TEXTS
     assert found.size == sum(map(len, TEXTS))
     assert [place for place, _ in read_rows(path, "body")][4] == f"{path}, " + ("row 4" if "parq" in name else "line 5")
@@ -42,22 +42,35 @@ def test_every_row_is_a_document(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 @pytest.mark.parametrize("fraction", [0.0001, 0.2, 0.9999])
 def test_no_text_is_on_both_sides(tmp_path, name, fraction):
-    train, held_out = check_rows(write(tmp_path / name, TEXTS), "text", fraction)
+    (train,), (held_out,) = split_rows([check_rows(write(tmp_path / name, TEXTS), "text")], fraction)
     kept, apart = texts_of(train), texts_of(held_out)
     assert sorted(kept + apart) == sorted(TEXTS) and not set(kept) & set(apart)
     assert kept and apart
     assert abs(len(set(apart)) / 90 - fraction) < 0.2
     write(tmp_path / name, TEXTS[::-1])  # by text, not by place
-    _, again = check_rows(tmp_path / name, "text", fraction)
+    _, (again,) = split_rows([check_rows(tmp_path / name, "text")], fraction)
     assert sorted(texts_of(again)) == sorted(apart)
 
 
+@pytest.mark.parametrize("fraction", [0.0001, 0.2, 0.9999])
+def test_no_text_of_several_files_is_on_both_sides(tmp_path, fraction):
+    parts = TEXTS[:50], TEXTS[30:], [TEXTS[0]], [TEXTS[-1]]
+    files = [check_rows(write(tmp_path / f"{i}.jsonl", texts), "text") for i, texts in enumerate(parts)]
+    train, held_out = split_rows(files, fraction)
+    kept, apart = ([text for source in part for text in texts_of(source)] for part in (train, held_out))
+    assert sorted(kept + apart) == sorted(text for part in parts for text in part) and not set(kept) & set(apart)
+    assert kept and apart
+    assert all(texts_of(source) for source in (*train, *held_out))  # a file with nothing on one side is not there
+
+
 def test_empty_rows_hold_nothing(tmp_path):
-    assert check_rows(write(tmp_path / "a.jsonl", ["", "a", ""]), "text", None)[0].size == 1
+    assert check_rows(write(tmp_path / "a.jsonl", ["", "a", ""]), "text").size == 1
     with pytest.raises(ValueError, match=r"a\.jsonl: no text in its rows"):
-        check_rows(write(tmp_path / "a.jsonl", ["", ""]), "text", None)
+        check_rows(write(tmp_path / "a.jsonl", ["", ""]), "text")
     with pytest.raises(ValueError, match=r"a\.jsonl: needs two rows of different text or more"):
-        check_rows(write(tmp_path / "a.jsonl", ["a", "a", ""]), "text", 0.05)
+        split_rows([check_rows(write(tmp_path / "a.jsonl", ["a", "a", ""]), "text")], 0.05)
+    with pytest.raises(ValueError, match=r"a\.jsonl and 1 more: needs two rows"):
+        split_rows([check_rows(tmp_path / "a.jsonl", "text")] * 2, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -77,21 +90,21 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
     with pytest.raises(ValueError, match=message):
-        check_rows(tmp_path / "a.jsonl", "text", None)
+        check_rows(tmp_path / "a.jsonl", "text")
 
 
 def test_bad_parquet_is_named(tmp_path):
     path = write(tmp_path / "a.parquet", TEXTS)
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'body'; its columns: id, text; pass --text-field"):
-        check_rows(path, "body", None)
+        check_rows(path, "body")
     with pytest.raises(ValueError, match=r"a\.parquet, row 0: 'id' must be a string: got 0"):
-        check_rows(path, "id", None)
+        check_rows(path, "id")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file, or a damaged one"):
-        check_rows(path, "text", None)
+        check_rows(path, "text")
     (tmp_path / "a.jsonl.gz").write_bytes(b"plain")
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: not a gzip file"):
-        check_rows(tmp_path / "a.jsonl.gz", "text", None)
+        check_rows(tmp_path / "a.jsonl.gz", "text")
 
 
 def test_a_folder_of_all_kinds_is_split_kind_by_kind(tmp_path):
@@ -147,5 +160,5 @@ def test_what_is_wrong_with_a_dataset_is_told(dataset):
 
 
 def test_rows_that_were_checked_are_read_again_the_same(tmp_path):
-    train, _ = check_rows(write(tmp_path / "a.jsonl", TEXTS), "text", 0.1)
+    (train,), _ = split_rows([check_rows(write(tmp_path / "a.jsonl", TEXTS), "text")], 0.1)
     assert isinstance(train, Rows) and texts_of(train) == texts_of(train)

@@ -83,6 +83,17 @@ def test_split_of_many_holds_out_whole_files(tmp_path):
     assert [Path(span.path).name for span in again] == [Path(span.path).name for span in held_out]  # nor by place
 
 
+def test_equal_files_are_on_one_side(tmp_path):
+    spans = spans_of(tmp_path, *(f"text {i % 7}" for i in range(40)))
+    for fraction in (0.01, 0.3, 0.99):
+        sides = split(spans, fraction)
+        train, held_out = ({Path(span.path).read_text() for span in side} for side in sides)
+        assert train and held_out and not train & held_out
+        assert sorted(sides[0] + sides[1]) == sorted(spans)
+    with pytest.raises(ValueError, match=r"and 2 more hold the same text; pass --eval-data"):
+        split(spans_of(tmp_path, "a", "a", "a"), 0.1)
+
+
 def test_split_of_one_holds_out_its_end(tmp_path):
     content = "é漢😀x" * 50
     ((whole,), size) = spans_of(tmp_path, content), len(content.encode())

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,9 @@ class Rows(NamedTuple):
     field: str
     size: int
     """Bytes of text in all of the file (count)."""
+    lowest: int
+    highest: int
+    """Of the hashes of its texts."""
     part: Part = "all"
     threshold: int = 0
     """Rows whose hash is at most this are held out."""
@@ -65,35 +68,46 @@ class Dataset(NamedTuple):
                 yield iter([text])
 
 
-def check_rows(path: Path, field: str, fraction: float | None) -> list[Rows]:
-    """Read a file once: all of its rows, or with a fraction the training rows and the held-out ones.
+def check_rows(path: Path, field: str) -> Rows:
+    """Read a file once, and return all of its rows.
 
     Args:
         path: .jsonl, .jsonl.gz or .parquet.
         field: which one is the text.
-        fraction: part of the rows to hold out; at least one is.
 
     Raises:
-        ValueError: a row is malformed, or its text missing or not a string; the message names its line or number.
-            Too few rows.
+        ValueError: a row is malformed, or its text missing or not a string; the message names its line or number. No
+            row has text.
         OSError: unreadable.
     """
-    size, hashes = 0, set()
+    size, lowest, highest = 0, HASHES, -1
     for _, text in read_rows(path, field):
-        size += len(text.encode())
-        if text and len(hashes) < 2:
-            hashes.add(_hash(text))
-        elif text:
-            hashes = {min(*hashes, own := _hash(text)), max(*hashes, own)}
+        if text:
+            size += len(text.encode())
+            lowest, highest = min(lowest, own := _hash(text)), max(highest, own)
     if size == 0:
         raise ValueError(f"{path}: no text in its rows; leave it out of --data")
-    rows = Rows(str(path), field, size)
-    if fraction is None:
-        return [rows]
-    if len(hashes) < 2:
-        raise ValueError(f"{path}: needs two rows of different text or more, to hold out one; pass --eval-data")
-    threshold = min(max(round(fraction * HASHES), min(hashes)), max(hashes) - 1)
-    return [rows._replace(part=part, threshold=threshold) for part in ("train", "held out")]
+    return Rows(str(path), field, size, lowest, highest)
+
+
+def split_rows(files: Sequence[Rows], fraction: float) -> tuple[list[Rows], list[Rows]]:
+    """Hold out rows of all files by one rule, so that a text that is in two of them is on one side.
+
+    Args:
+        files: checked, one or more.
+        fraction: part of the rows to hold out, about; at least one is, and at least one is not.
+
+    Raises:
+        ValueError: all rows have the same text.
+    """
+    lowest, highest = min(rows.lowest for rows in files), max(rows.highest for rows in files)
+    if lowest == highest:
+        where = files[0].path + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        raise ValueError(f"{where}: needs two rows of different text or more, to hold out one; pass --eval-data")
+    threshold = min(max(round(fraction * HASHES), lowest), highest - 1)
+    train = [rows._replace(part="train", threshold=threshold) for rows in files if rows.highest > threshold]
+    held_out = [rows._replace(part="held out", threshold=threshold) for rows in files if rows.lowest <= threshold]
+    return train, held_out
 
 
 def corpus(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from nystrom.data.rows import Dataset, Rows, check_rows
+from nystrom.data.rows import Dataset, Rows, check_rows, split_rows
 from nystrom.data.text import TEXT_SUFFIXES, Encoding, Span, check_text, find_files, split
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -16,7 +16,7 @@ Source = Span | Rows | Dataset
 def corpus(
     data: Iterable[Path], eval_data: Iterable[Path], field: str, encoding: Encoding, fraction: float
 ) -> tuple[list[Source], list[Source]]:
-    """Sources to train on and held-out ones, with no document in both.
+    """Sources to train on and held-out ones, with no document in both: equal ones go to one side.
 
     Every file is read once here, so that a bad one stops the run before it begins.
 
@@ -38,25 +38,21 @@ def corpus(
     if shared := set(files) & set(held_out):
         raise ValueError(f"--data and --eval-data must share no file: both hold {min(shared)} ({len(shared)} in all)")
     if held_out:
-        return _checked(files, field, encoding), _checked(held_out, field, encoding)
+        return [*_checked(files, field, encoding)], [*_checked(held_out, field, encoding)]
     train: list[Source] = []
     apart: list[Source] = []
-    if spans := [check_text(path, encoding) for path in files if not _has_rows(path)]:
+    found = _checked(files, field, encoding)
+    if spans := [source for source in found if isinstance(source, Span)]:
         kept, held = split(spans, fraction)
         train, apart = [*kept], [*held]
-    for path in filter(_has_rows, files):
-        rows = check_rows(path, field, fraction)
-        train.append(rows[0])
-        apart.append(rows[1])
+    if rows := [source for source in found if isinstance(source, Rows)]:
+        kept, held = split_rows(rows, fraction)
+        train, apart = [*train, *kept], [*apart, *held]
     return train, apart
 
 
-def _checked(files: Iterable[Path], field: str, encoding: Encoding) -> list[Source]:
-    return [
-        source
-        for path in files
-        for source in (check_rows(path, field, None) if _has_rows(path) else [check_text(path, encoding)])
-    ]
+def _checked(files: Iterable[Path], field: str, encoding: Encoding) -> list[Span | Rows]:
+    return [check_rows(path, field) if _has_rows(path) else check_text(path, encoding) for path in files]
 
 
 def _has_rows(path: Path) -> bool:

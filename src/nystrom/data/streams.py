@@ -1,9 +1,10 @@
 """What pretraining reads: an endless stream of masked blocks, a fixed held-out set, and batches of either."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -82,7 +83,7 @@ def train_stream(maker: BlockMaker, sources: Sequence[Source]) -> "IterableDatas
 
 def held_out_blocks(maker: BlockMaker, sources: Sequence[Source], count: int) -> tuple[list[Block], int]:
     """Finished blocks, as evenly from each source as they allow, of files from a random place on; and the sources'
-    count.
+    count. There are fewer blocks than asked for where all of the text has no more.
 
     Raises:
         ValueError: so little text that no token is masked.
@@ -90,11 +91,16 @@ def held_out_blocks(maker: BlockMaker, sources: Sequence[Source], count: int) ->
     generator, finish = random.Random(maker.seed), maker.finisher()
     files = generator.sample(sources, min(len(sources), count))
     per_file = -(-count // len(files))
-    chosen: list[tuple[Block, Source]] = []
-    for source in files:
-        if isinstance(source, Span):
-            source = from_random_place(source, per_file * maker.length, generator)
-        chosen += [(block, source) for block in islice(maker.make([[source]]), per_file)]
+    pending = deque((source, _from_random_place(maker, source, per_file, generator)) for source in files)
+    chosen = [(block, source) for source, found in pending for block in islice(found, per_file)]
+    if len(chosen) < count:  # some are short: the others give more
+        others = [source for source in sources if source not in files]
+        pending += [(source, _from_random_place(maker, source, per_file, generator)) for source in others]
+    while len(chosen) < count and pending:
+        source, found = pending.popleft()
+        if (block := next(found, None)) is not None:
+            chosen.append((block, source))
+            pending.append((source, found))
     finished = [finish(block, place) for place, (block, _) in enumerate(chosen[:count])]
     if not any((block["labels"] != IGNORED).any() for block in finished):
         raise ValueError(
@@ -102,6 +108,15 @@ def held_out_blocks(maker: BlockMaker, sources: Sequence[Source], count: int) ->
             "--dataset-eval-split"
         )
     return finished, len({source for _, source in chosen[:count]})
+
+
+def _from_random_place(maker: BlockMaker, source: Source, blocks: int, generator: random.Random) -> Iterator[Block]:
+    """A file's blocks from a random place on, then those before it; other sources' from the first on."""
+    if not isinstance(source, Span):
+        return maker.make([[source]])
+    end = from_random_place(source, blocks * maker.length, generator)
+    parts = (end, source._replace(stop=end.start))
+    return chain.from_iterable(maker.make([[part]]) for part in parts if part.size)
 
 
 def commonest_token(train_set: "IterableDataset", held_out: list[Block]) -> dict[str, Any]:

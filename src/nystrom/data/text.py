@@ -25,6 +25,8 @@ class Span(NamedTuple):
     stop: int
     """Both count the bytes of the text, not those of a gzipped file."""
     encoding: Encoding = "utf-8"
+    digest: bytes = b""
+    """Of all of the file's text, which tells equal files."""
 
     @property
     def size(self) -> int:
@@ -108,13 +110,14 @@ def check_text(path: Path, encoding: Encoding = "utf-8") -> Span:
         OSError: unreadable.
     """
     try:
-        return Span(str(path), 0, _checked_size(path, encoding), encoding)
+        size, digest = _checked_size(path, encoding)
     except GZIP_ERRORS as error:
         raise unpacking_failed(path, error) from None
+    return Span(str(path), 0, size, encoding, digest)
 
 
-def _checked_size(path: Path, encoding: Encoding) -> int:
-    decoder = codecs.getincrementaldecoder(encoding)()
+def _checked_size(path: Path, encoding: Encoding) -> tuple[int, bytes]:
+    decoder, digest = codecs.getincrementaldecoder(encoding)(), hashlib.blake2b(digest_size=16)
     size, fix = 0, "convert it, or pass --encoding latin-1 if all files are that"
     with open_bytes(path) as file:
         while chunk := file.read(CHUNK):
@@ -126,16 +129,17 @@ def _checked_size(path: Path, encoding: Encoding) -> int:
             except UnicodeDecodeError as error:
                 offset = size - pending + error.start
                 raise ValueError(f"{path}: not UTF-8 text: {error.reason} at offset {offset}; {fix}") from None
+            digest.update(chunk)
             size += len(chunk)
     if decoder.getstate()[0]:
         raise ValueError(f"{path}: not UTF-8 text: ends inside a character; {fix}")
     if size == 0:
         raise ValueError(f"{path}: empty file; leave it out of --data")
-    return size
+    return size, digest.digest()
 
 
 def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
-    """Hold out whole files, chosen by a hash of their names; of a lone file, its last stretch.
+    """Hold out whole files, chosen by a hash of their names, equal ones together; of a lone file, its last stretch.
 
     Args:
         spans: checked files.
@@ -143,6 +147,9 @@ def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
 
     Returns:
         Training and held-out spans: no byte is in both.
+
+    Raises:
+        ValueError: the lone file is too short, or all files are equal.
     """
     if len(spans) == 1:
         (span,) = spans
@@ -150,9 +157,20 @@ def split(spans: list[Span], fraction: float) -> tuple[list[Span], list[Span]]:
         if not span.start < cut < span.stop:
             raise ValueError(f"{span.path}: {span.stop} bytes are too few to hold out {fraction:.1%}; pass --eval-data")
         return [span._replace(stop=cut)], [span._replace(start=cut)]
-    by_hash = sorted(spans, key=lambda span: hashlib.sha256("/".join(Path(span.path).parts[-2:]).encode()).digest())
-    held_out = max(1, round(fraction * len(spans)))
-    return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
+    equal: dict[bytes, list[Span]] = {}
+    for span in sorted(spans, key=_hash_of_name):
+        equal.setdefault(span.digest, []).append(span)
+    if len(equal) == 1:
+        raise ValueError(f"{spans[0].path} and {len(spans) - 1} more hold the same text; pass --eval-data")
+    wanted, held_out = max(1, round(fraction * len(spans))), list[Span]()
+    for group in [*equal.values()][:-1]:  # one is left to train on
+        if len(held_out) < wanted:
+            held_out += group
+    return sorted(set(spans) - set(held_out)), sorted(held_out)
+
+
+def _hash_of_name(span: Span) -> bytes:
+    return hashlib.sha256("/".join(Path(span.path).parts[-2:]).encode()).digest()
 
 
 def from_random_place(span: Span, size: int, generator: random.Random) -> Span:
