@@ -349,10 +349,65 @@ def test_killed_and_resumed_ends_where_it_would_have(flags, place, step, bert, d
     assert one["steps"] == two["steps"] > max(reached)
     for key in ("score", "scores", "examples"):
         assert one[key] == two[key]
-    evals = [[entry["eval_loss"] for entry in found["curve"] if "eval_loss" in entry] for found in (one, two)]
-    assert evals[0] == evals[1] and len(evals[0]) >= 3
+    assert untimed(one["curve"]) == untimed(two["curve"])
+    assert sum("eval_loss" in entry for entry in one["curve"]) >= 3
     for name in ("model.safetensors", "predictions-dev.tsv"):
         assert (run / place / name).read_bytes() == (tmp_path / "whole" / place / name).read_bytes()
+
+
+def untimed(curve: list[dict]) -> list[dict]:
+    """Without what no two runs share."""
+    timed = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return [{name: value for name, value in entry.items() if name not in timed} for entry in curve]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(epochs=2.0), dict(epochs=1.5), dict(epochs=9.0, hold_out=0.25, early_stopping=1, lr=0.02)],
+    ids=["whole epochs", "half an epoch", "stopped early"],
+)
+def test_interrupted_after_the_last_step_it_trains_no_more(settings, cola, tmp_path, monkeypatch):
+    """The run is found elsewhere when it goes on."""
+    cola = replace(cola, attention="nystrom", train_examples=32, checkpoint_steps=2, **settings)
+    whole = finetune.train(replace(cola, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune.jobs, "score_all", interrupt)
+        finetune.train(cola)
+    moved = cola.out.rename(tmp_path / "moved")
+    resumed = finetune.train(replace(cola, out=moved, resume=True))
+    assert untimed(resumed["curve"]) == untimed(whole["curve"])
+    assert all(resumed[name] == whole[name] for name in ("steps", "scores", "score"))
+    assert weights(moved) == weights(tmp_path / "whole")
+    if "early_stopping" in settings:
+        scores = [entry["eval_score"] for entry in whole["curve"] if "eval_score" in entry]
+        assert scores.index(max(scores)) < len(scores) - 1 < 8  # it stopped, and an earlier epoch's model was kept
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_moved_run_finds_its_best_epoch(cola, tmp_path, monkeypatch):
+    """Interrupted in an epoch after the best one."""
+    cola = replace(cola, attention="nystrom", train_examples=32, hold_out=0.25, early_stopping=3, lr=0.02, epochs=6.0)
+    whole = finetune.train(replace(cola, out=tmp_path / "whole"))
+    scores = [entry["eval_score"] for entry in whole["curve"] if "eval_score" in entry]
+    best = scores.index(max(scores))
+    assert 0 <= best < len(scores) - 2, scores
+    marked = []
+
+    def mark(callback, args, state, control, **_):
+        Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
+        marked.append(state.global_step)
+        if len(marked) == best + 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nystrom.training.Checkpoints.on_save", mark)
+        finetune.train(cola)
+    moved = cola.out.rename(tmp_path / "moved")
+    assert finetune.train(replace(cola, out=moved, resume=True))["scores"] == whole["scores"]
+    assert weights(moved) == weights(tmp_path / "whole")
 
 
 def checkpoints(folder: Path) -> list[int]:

@@ -4,12 +4,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from nystrom.runs import COMPLETE
@@ -18,13 +18,50 @@ TIMES = ("runtime", "samples_per_second", "steps_per_second")
 """What transformers adds to the scores of an evaluation."""
 
 
-class MarkComplete(TrainerCallback):
-    """Leave a mark in every checkpoint once all of it is written: a run that is killed meanwhile does not use it."""
+class Checkpoints(TrainerCallback):
+    """Checkpoints from which a run ends as if it had never stopped, each marked once all of it is written: a run that
+    is killed meanwhile does not use it.
+    """
+
+    _postponed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not control.should_save:
+            return
+        control.should_log = True  # a resumed run's mean of the loss begins here too
+        if state.epoch == int(state.epoch) or state.global_step >= state.max_steps:
+            control.should_save, self._postponed = False, True  # or it would lack the scores taken at an epoch's end
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save, self._postponed = control.should_save or self._postponed, False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process has written its state of the random numbers
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the end from a checkpoint on, or from the beginning.
+
+    With one from the end, or from where it was stopped early, nothing is left to train, and it is only loaded:
+    transformers would take a step more.
+    """
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    callbacks = cast(dict[str, Any], state.stateful_callbacks)
+    if not callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    if trainer.args.load_best_model_at_end:
+        checkpoint = checkpoint.parent / f"checkpoint-{state.best_global_step}"  # the folder may have been moved
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExportableState):
+            vars(callback).update(callbacks[type(callback).__name__]["attributes"])
 
 
 class Clock(TrainerCallback, ExportableState):

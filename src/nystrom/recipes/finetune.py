@@ -299,6 +299,8 @@ def train_once(
     from accelerate import PartialState
     from transformers import set_seed
 
+    from nystrom.training import train_from
+
     if (out / "metrics.json").is_file():
         return runs.read_json(out / "metrics.json")
     if config.seeds and PartialState().is_main_process:
@@ -306,8 +308,7 @@ def train_once(
     set_seed(seed)
     model = load_model(config, job)
     trainer = build_trainer(config, job, model, tokenizer, encoded, seed, out)
-    point = runs.resume_point(out)
-    trainer.train(resume_from_checkpoint=None if point is None else str(point))
+    train_from(trainer, runs.resume_point(out))
     trainer.save_model()
     scores = jobs.score_all(job, encoded, trainer, out)
     report = summary(job, encoded, trainer, scores, seed)
@@ -331,7 +332,7 @@ def build_trainer(
     """Hugging Face's Trainer: loop, schedule, checkpoints, logs and processes are its business."""
     from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments
 
-    from nystrom.training import Clock, GroupedTrainer, MarkComplete, show_progress
+    from nystrom.training import Checkpoints, Clock, GroupedTrainer, show_progress
 
     patience = config.early_stopping
     stops = patience is not None
@@ -370,7 +371,7 @@ def build_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda answer: jobs.score(job, answer.predictions, answer.label_ids),
-        callbacks=[MarkComplete(), Clock(), *([EarlyStoppingCallback(patience)] if patience else [])],
+        callbacks=[Checkpoints(), Clock(), *([EarlyStoppingCallback(patience)] if patience else [])],
     )
     show_progress(trainer)
     return trainer

@@ -156,6 +156,8 @@ def train(config: Pretrain) -> dict[str, Any]:
     maker = block_maker(config, tokenizer)
     train_set = streams.train_stream(maker, train_sources)
     eval_set, eval_files = streams.held_out_blocks(maker, eval_sources, config.eval_blocks)
+    if len(eval_set) < config.eval_blocks:
+        state.print(f"held-out text is short: {len(eval_set)} blocks are scored, not {config.eval_blocks}")
     baseline = streams.commonest_token(train_set, eval_set)
     trainer = build_trainer(config, model, tokenizer, train_set, eval_set)
     state.wait_for_everyone()
@@ -176,7 +178,7 @@ def train(config: Pretrain) -> dict[str, Any]:
 
 def fit(config: Pretrain, trainer: "Trainer") -> dict[str, float]:
     """Train from the last whole checkpoint on, save the model, and return its scores on held-out text."""
-    from nystrom.hf.resuming import train_from
+    from nystrom.training import train_from
 
     train_from(trainer, runs.resume_point(config.out) if config.resume else None)
     trainer.save_model()
@@ -334,7 +336,7 @@ def build_trainer(
     from transformers import Trainer, TrainingArguments
 
     from nystrom.hf.scores import place_predictions, score
-    from nystrom.training import Clock, MarkComplete, show_progress
+    from nystrom.training import Checkpoints, Clock, show_progress
 
     steps = cast(int, config.steps)
     arguments = TrainingArguments(
@@ -371,7 +373,7 @@ def build_trainer(
         data_collator=streams.make_collate(cast(int, tokenizer.pad_token_id)),
         preprocess_logits_for_metrics=cast(Any, place_predictions),
         compute_metrics=score,
-        callbacks=[MarkComplete(), Clock()],
+        callbacks=[Checkpoints(), Clock()],
     )
     show_progress(trainer)
     return trainer
