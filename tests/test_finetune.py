@@ -38,6 +38,7 @@ from nystrom import cli
 from nystrom.data import jobs
 from nystrom.hf import NystromformerConfig, NystromformerForMaskedLM
 from nystrom.hf.classifier import OWN
+from nystrom.presets import READ_BY
 from nystrom.recipes import finetune
 from nystrom.recipes.finetune import Csv, Glue, Imdb
 
@@ -55,7 +56,7 @@ SIZES = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_h
 SIZES |= dict(max_position_embeddings=64, initializer_range=0.1)
 STSB = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-FAST = dict(length=32, batch_size=8, lr=2e-3, epochs=1.0, num_landmarks=4, exact_below=0)
+FAST = dict(length=32, batch_size=8, lr=2e-3, epochs=1.0, attention="nystrom", num_landmarks=4, exact_below=0)
 FLAGS = [word for name, value in FAST.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -247,23 +248,46 @@ def TABLES(data: Path) -> dict[str, Any]:
 def test_every_attention_runs(cola, tmp_path):
     """From one start every kind goes its own way."""
     after = {}
-    few = {"top_k": 2, "window": 0, "block": 4, "train_examples": 16}  # or the residual form would be exact
+    few = {"top_k": 2, "window": 0, "block": 4}  # or the residual form would be exact
     for kind in KINDS:
-        config = replace(cola, attention=kind, out=tmp_path / kind, **few)
+        config = of_kind(kind, replace(cola, out=tmp_path / kind, train_examples=16, **few))
         assert finetune.train(config)["attention"] == metrics(config.out)["attention"] == kind
         after[kind] = weights(config.out)
     assert len(set(after.values())) == len(KINDS)
 
 
+def of_kind(kind: str, config: Any) -> Any:
+    """With this attention, and its settings alone."""
+    others = {name: None for name in finetune.SETTINGS if name not in READ_BY[kind]}
+    return replace(config, attention=kind, **others)
+
+
+def test_settings_that_nothing_reads_are_refused(cola, own):
+    for kind, given, said in [
+        ("softmax", {}, "attention softmax does not read num_landmarks 4, exact_below 0; leave it out"),
+        (None, {}, "attention softmax does not read num_landmarks 4, exact_below 0"),
+        ("nystrom", {"top_k": 3}, "attention nystrom does not read top_k 3; leave it out, or pass another --attention"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            finetune.train(replace(cola, attention=kind, **given))
+    with pytest.raises(ValueError, match="attention softmax does not read num_landmarks 4"):
+        finetune.train(replace(cola, model=str(own), attention="softmax", exact_below=None))
+    with pytest.raises(ValueError, match="seeds take the place of seed: got 3 beside 0, 1"):
+        finetune.train(replace(cola, seed=3, seeds=(0, 1)))
+    assert not cola.out.exists()
+
+
 def test_our_own_model_runs_every_attention(own, cola, tmp_path):
     after = {}
     for kind, ours in OWN.items():
-        config = replace(cola, model=str(own), attention=kind, exact_below=None, out=tmp_path / kind, train_examples=16)
+        config = replace(cola, model=str(own), exact_below=None, out=tmp_path / kind, train_examples=16)
+        config = of_kind(kind, config)
         assert finetune.train(config)["attention"] == metrics(config.out)["attention"] == kind
         assert json.loads((config.out / "config.json").read_text())["attention"] == ours
         after[kind] = weights(config.out)
     assert len({after[kind] for kind in ("softmax", "nystrom", "nystrom_shift")}) == 3
-    finetune.train(replace(cola, model=str(own), exact_below=None, out=tmp_path / "default", train_examples=16))
+    default = replace(cola, model=str(own), attention=None, exact_below=None, out=tmp_path / "default")
+    finetune.train(replace(default, train_examples=16))
     assert weights(tmp_path / "default") == after["nystrom"]  # what its folder says
 
 
@@ -272,7 +296,7 @@ def test_says_where_attention_stays_exact(cola, tmp_path, capsys):
     assert "inputs have at most 12 tokens, and exact_below is 1024: attention stays exact; pass --exact-below 0" in (
         capsys.readouterr().out
     )
-    twin = replace(cola, attention="softmax", out=tmp_path / "twin", train_examples=16)
+    twin = of_kind("softmax", replace(cola, out=tmp_path / "twin", train_examples=16))
     finetune.train(twin)
     assert "stays exact" not in capsys.readouterr().out
     assert metrics(cola.out)["scores"] == pytest.approx(metrics(twin.out)["scores"], abs=1e-6)
@@ -286,7 +310,8 @@ def test_a_head_of_other_classes_is_replaced(cola, tmp_path):
         tmp_path / "five"
     )
     words_only().save_pretrained(tmp_path / "five")
-    found = finetune.train(replace(cola, model=str(tmp_path / "five"), train_examples=16))
+    default = replace(of_kind("softmax", cola), attention=None)
+    found = finetune.train(replace(default, model=str(tmp_path / "five"), train_examples=16))
     assert found["attention"] == "softmax"
     model = AutoModelForSequenceClassification.from_pretrained(cola.out)
     assert model.config.num_labels == 2 and model.dtype == torch.float32  # weights of bfloat16 would not learn
@@ -505,7 +530,7 @@ def test_early_stopping_keeps_the_best_epoch(cola, tmp_path):
 def test_gradient_accumulation_does_not_scale_the_loss(cola, tmp_path):
     found = finetune.train(replace(cola, batch_size=2, gradient_accumulation=4, lr=1e-9))
     assert found["steps"] == 12
-    assert [entry["loss"] for entry in found["curve"] if "loss" in entry] == [pytest.approx(np.log(2), abs=0.1)]
+    assert [entry["loss"] for entry in found["curve"] if "loss" in entry] == [pytest.approx(np.log(2), abs=0.1)] * 2
 
 
 @pytest.mark.slow
@@ -625,6 +650,10 @@ def test_a_refusal_is_one_line_and_exits_with_2(bert, data, tmp_path):
         ({"seed": 2**32}, r"a seed must be at least 0 and below 2\*\*32: got 4294967296"),
         ({"seeds": (1, 1)}, r"seeds must differ: got 1, 1"),
         ({"hold_out": 1.0}, r"hold_out must be at least 0 and below 1: got 1.0"),
+        (
+            {"task": "stsb", "eval_examples": 1},
+            r"pearson and spearman need two examples or more: got 1 in the dev set",
+        ),
         ({"hold_out": 0.999}, r"hold_out 0.999 of 96 training examples leaves none to train on"),
         ({"train_examples": 97}, r"the train set has 96 examples: asked for 97"),
         ({"precision": "float16"}, r"precision float16 needs a GPU"),

@@ -16,7 +16,14 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    PerceiverTokenizer,
+)
 
 import nystrom.hf  # noqa: F401  # tells the Auto classes of our models
 from nystrom.recipes import fill_mask
@@ -306,8 +313,17 @@ def test_filled_line_takes_the_likeliest_tokens(trained):
         (dict(warmup=1.5), r"warmup must be in \[0, 1\]: got 1.5"),
         (dict(mask_probability=0.0), "mask_probability must be above 0 and at most 1: got 0.0"),
         (dict(sentence_order=True, packing="stream"), "packing is settled by sentence_order, .*: got stream"),
-        (dict(dataset="x"), "dataset takes the place of data and eval_data: got x beside them"),
-        (dict(tokenizer="a", init="trained"), "tokenizer must be left out, it is that of init: got a and "),
+        (dict(dataset="x"), "dataset takes the place of data, eval_data and encoding: got x beside them"),
+        (dict(dataset="x", data=(), encoding="latin-1"), "dataset takes the place of data, eval_data and encoding"),
+        (dict(dataset_split="test"), "dataset_split is read beside dataset alone: got test without it; leave it out"),
+        (dict(positions="interpolate"), "positions is read beside init alone: got interpolate without it"),
+        (dict(init="trained", positions="interpolate"), "positions is of a length above the model's own: got inter"),
+        (dict(attention="softmax", num_landmarks=8), "attention softmax reads no num_landmarks: got 8; leave it out"),
+        (dict(text_field="body"), "text_field is of .jsonl and .parquet files, and there are none: got body; leave"),
+        (dict(data=("rows.jsonl",), encoding="latin-1"), "encoding is of text files, and there are none: got latin-1"),
+        (dict(init="nowhere"), "nowhere/config.json: no such file; is nowhere a model's folder"),
+        (dict(init="mute"), "mute: no tokenizer in this folder; pass --tokenizer"),
+        (dict(init="mute", tokenizer="wide"), "wide has 270 tokens, and the model of mute knows 262"),
         (dict(init="trained", num_heads=4), "num_heads is 2 in .*run: got 4; leave it out"),
         (dict(init="trained", conv_kernel_size=None), "conv_kernel_size is 5 in .*run: got None; leave it out"),
         (dict(eval_data=("fine.txt",)), "must share no file: both hold .*fine.txt"),
@@ -329,14 +345,18 @@ def test_refusals_name_the_cause_and_write_nothing(tmp_path, trained, monkeypatc
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text\n')
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    shutil.copytree(trained, tmp_path / "mute", ignore=shutil.ignore_patterns("token*", "special*", "*-*"))
+    wide = PerceiverTokenizer()
+    wide.add_tokens([f"<{i}>" for i in range(8)])
+    wide.save_pretrained(tmp_path / "wide")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     changes = {"data": ("fine.txt",), "out": "run", **settings}
     for name in ("data", "eval_data"):
         changes[name] = tuple(map(Path, changes.get(name, ())))
     if "init" in changes:
-        changes = {"init": trained, **{name: value for name, value in changes.items() if name != "init"}}
-        sizes = {}
+        sizes, changes["init"] = {}, trained if changes["init"] == "trained" else Path(changes["init"])
     else:
         sizes = SIZES
     with pytest.raises((ValueError, OSError), match=message):

@@ -77,7 +77,7 @@ def test_empty_rows_hold_nothing(tmp_path):
     ("line", "message"),
     [
         ('{"text": "b"', r"a\.jsonl, line 2: not JSON: "),
-        ("", r"a\.jsonl, line 2: not JSON: "),
+        ("", r"a\.jsonl, line 2: blank; remove the line"),
         ('{"body": "b", "id": 3}', r"a\.jsonl, line 2: no field 'text': got fields body, id; pass --text-field"),
         ('["b"]', r"a\.jsonl, line 2: no field 'text': got \['b'\]"),
         ('{"text": 3}', r"a\.jsonl, line 2: 'text' must be a string: got 3"),

@@ -1,7 +1,9 @@
-"""Sizes and schedules for `nystrom pretrain`: `tiny` trains on two cores, `small` and `base` are the paper's."""
+"""What recipes offer: sizes and schedules for `nystrom pretrain`, and the settings that each attention reads."""
 
-from typing import Any
+from typing import Any, Literal
 
+Attention = Literal["softmax", "nystrom", "nystrom_shift", "nystrom_residual"]
+"""What recipes call the kinds of attention; softmax is exact."""
 SIZES = {
     "embed_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -27,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {**_PAPER, **dict(embed_dim=512, num_layers=4, num_heads=8, ffn_dim=2048, steps=100_000)},
     "base": {**_PAPER, **dict(embed_dim=768, num_layers=12, num_heads=12, ffn_dim=3072, steps=500_000)},
 }
+"""`tiny` trains on two cores, `small` and `base` are the paper's."""
 FORM: dict[str, dict[str, Any]] = {
     "tiny": {"norm_first": True, "hidden_act": "gelu"},
     "small": {"norm_first": False, "hidden_act": "gelu_new"},
@@ -35,3 +38,11 @@ FORM: dict[str, dict[str, Any]] = {
 """What else a preset's model is, as config.json names it."""
 FROM_A_MODEL = {"lr": 1e-4, "schedule": "linear", "dropout": None}
 """What differs where training starts from a model: a rate that does not wreck it, and its own dropout."""
+
+READ_BY = {
+    "softmax": {"conv_kernel_size"},
+    "nystrom": {"num_landmarks", "exact_below", "conv_kernel_size"},
+    "nystrom_shift": {"num_landmarks", "exact_below", "conv_kernel_size"},
+    "nystrom_residual": {"num_landmarks", "top_k", "window", "block", "exact_below", "conv_kernel_size"},
+}
+"""Settings that each attention reads, in the order of a report's columns."""

@@ -11,9 +11,9 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +28,34 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 COMPLETE = "complete"
 """File in a checkpoint, written after all others."""
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
+CHECKPOINTS = 3 * (4 + 2 * 4)
+"""Bytes a parameter of checkpoints: up to three at a time, with the moments of AdamW."""
 BLOCK = 2**16
 """Less room than this (bytes) is none: torch's errors of a full disk do not say so."""
+
+
+def check_least(config: "DataclassInstance", least: Mapping[str, int]) -> None:
+    """Raise ValueError where a setting is below its least value; None is left alone."""
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}: got {value}")
+
+
+def check_rules(config: "DataclassInstance", rules: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise ValueError for a setting that does not keep its rule, which is given in words."""
+    for name, (kept, rule) in rules.items():
+        if not kept:
+            raise ValueError(f"{name} must be {rule}: got {getattr(config, name)}")
+
+
+def check_read(config: "DataclassInstance", needed: Mapping[str, str]) -> None:
+    """Raise ValueError where a setting was given that is only read beside another, and that one was not."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, other in needed.items():
+        value = getattr(config, name)
+        if getattr(config, other) is None and value != defaults[name]:
+            raise ValueError(f"{name} is read beside {other} alone: got {value} without it; leave it out")
 
 
 def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int = 0) -> None:

@@ -75,31 +75,31 @@ def from_tables(
     return Job(name or train.name.split(".")[0], labels, metrics, found, {"eval": evals}, {})
 
 
-def limited(job: Job, train: int | None, evals: int | None) -> Job:
+def drawn(job: Job, train: int | None, evals: int | None, hold_out: float) -> Job:
     """The job with so many examples drawn at random, the same in every run; None: all.
 
-    Raises:
-        ValueError: there are not so many.
-    """
-    return job._replace(
-        train=_draw(job.train, train, "train"),
-        evals={name: _draw(examples, evals, name) for name, examples in job.evals.items()},
-    )
-
-
-def with_hold_out(job: Job, part: float) -> Job:
-    """The job with a part of the training examples, drawn at random, set aside as a further scored set.
+    Args:
+        job: all of it.
+        train: examples to train on (count).
+        evals: of each scored set (count).
+        hold_out: this part of the training examples is set aside as a further scored set, `HOLD_OUT`.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        ValueError: there are not so many; none is left to train on; a set is too small to be scored.
     """
-    count = max(1, round(part * len(job.train)))
-    if count >= len(job.train):
-        raise ValueError(f"hold_out {part} of {len(job.train)} training examples leaves none to train on")
-    places = set(_places(len(job.train), count))
-    held_out = [example for i, example in enumerate(job.train) if i in places]
-    train = [example for i, example in enumerate(job.train) if i not in places]
-    return job._replace(train=train, evals={**job.evals, HOLD_OUT: held_out})
+    learnt = _draw(job.train, train, "train")
+    sets = {name: _draw(examples, evals, name) for name, examples in job.evals.items()}
+    if hold_out:
+        count = max(1, round(hold_out * len(learnt)))
+        if count >= len(learnt):
+            raise ValueError(f"hold_out {hold_out} of {len(learnt)} training examples leaves none to train on")
+        places = set(_places(len(learnt), count))
+        sets[HOLD_OUT] = [example for i, example in enumerate(learnt) if i in places]
+        learnt = [example for i, example in enumerate(learnt) if i not in places]
+    for name, examples in sets.items():
+        if len(examples) < 2 and not job.labels:
+            raise ValueError(f"{' and '.join(job.metrics)} need two examples or more: got 1 in the {name} set")
+    return job._replace(train=learnt, evals=sets)
 
 
 def _draw(examples: list[Example], count: int | None, name: str) -> list[Example]:

@@ -4,6 +4,7 @@ shards of sources -> documents -> pieces of text -> token ids -> blocks of `leng
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,8 +34,12 @@ def load_tokenizer(name: str, needed: Iterable[str]) -> "PreTrainedTokenizerBase
     """
     from transformers import AutoTokenizer, PerceiverTokenizer
 
+    from nystrom.hf.files import check_tokenizer
+
     if name == "bytes":
         return PerceiverTokenizer()
+    if (folder := Path(name)).is_dir():
+        check_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(name)
     for token in ("mask", "sep", "pad", *needed):
         if getattr(tokenizer, f"{token}_token_id") is None:

@@ -172,6 +172,8 @@ def _json_lines(path: str | Path, field: str) -> Iterator[tuple[str, str]]:
         with open_bytes(path) as file:
             for number, line in enumerate(file, start=1):
                 place = f"{path}, line {number}"
+                if not line.strip():
+                    raise ValueError(f"{place}: blank; remove the line")
                 try:
                     row = json.loads(line)
                 except ValueError as error:  # also what is not UTF-8

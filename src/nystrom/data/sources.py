@@ -7,6 +7,8 @@ from nystrom.data.rows import Dataset, Rows, check_rows, split_rows
 from nystrom.data.text import TEXT_SUFFIXES, Encoding, Span, check_text, find_files, split
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+FIELD = "text"
+"""Of rows, where no other is named."""
 READ = [*sorted(TEXT_SUFFIXES), *ROW_SUFFIXES, "and .gz of all text"]
 
 Source = Span | Rows | Dataset
@@ -31,12 +33,17 @@ def corpus(
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: a file is no text, or has a bad row, and the message names file and place; data and eval_data share
-            a file; a folder holds nothing that is read.
+            a file; a folder holds nothing that is read; field or encoding is not the default, and no file needs it.
         OSError: unreadable.
     """
     files, held_out = (find_files(paths, _is_read, READ) for paths in (data, eval_data))
     if shared := set(files) & set(held_out):
         raise ValueError(f"--data and --eval-data must share no file: both hold {min(shared)} ({len(shared)} in all)")
+    rows = [path for path in (*files, *held_out) if _has_rows(path)]
+    if field != FIELD and not rows:
+        raise ValueError(f"text_field is of .jsonl and .parquet files, and there are none: got {field}; leave it out")
+    if encoding != "utf-8" and len(rows) == len(files) + len(held_out):
+        raise ValueError(f"encoding is of text files, and there are none: got {encoding}; leave it out")
     if held_out:
         return [*_checked(files, field, encoding)], [*_checked(held_out, field, encoding)]
     train: list[Source] = []
@@ -45,8 +52,8 @@ def corpus(
     if spans := [source for source in found if isinstance(source, Span)]:
         kept, held = split(spans, fraction)
         train, apart = [*kept], [*held]
-    if rows := [source for source in found if isinstance(source, Rows)]:
-        kept, held = split_rows(rows, fraction)
+    if tables := [source for source in found if isinstance(source, Rows)]:
+        kept, held = split_rows(tables, fraction)
         train, apart = [*train, *kept], [*apart, *held]
     return train, apart
 

@@ -106,6 +106,8 @@ def _name(row: dict[str, Any], column: str, where: str) -> str:
     name = str(value)
     if name != name.strip():
         raise ValueError(f"{where}: label {name!r} begins or ends with a space; correct the row")
+    if "\t" in name or "\n" in name or "\r" in name:  # the predictions are written one a line, between tabs
+        raise ValueError(f"{where}: label {name!r} holds a tab or a line end; rename it")
     return name
 
 
@@ -168,6 +170,8 @@ def _tsv(path: Path, lines: list[str]) -> Iterator[Row]:
 def _jsonl(path: Path, lines: list[str]) -> Iterator[Row]:
     for number, line in enumerate(lines):
         where = f"{path}, line {number + 1}"
+        if not line.strip():
+            raise ValueError(f"{where}: blank; remove the line")
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -180,6 +184,8 @@ def _jsonl(path: Path, lines: list[str]) -> Iterator[Row]:
 def _named(path: Path, line: int, header: list[str], row: list[str]) -> Row:
     if len(set(header)) != len(header):
         raise ValueError(f"{path}: two columns have the same name: {', '.join(header)}; rename one")
+    if "".join(row) == "" and len(row) < 2:
+        raise ValueError(f"{path}, line {line}: blank; remove the line")
     if len(row) != len(header):
         raise ValueError(
             f"{path}, line {line}: got {len(row)} columns, but the header names {len(header)} ({', '.join(header)}); "

@@ -1,22 +1,21 @@
 """A pretrained encoder with a classification head, its tokenizer, and the attention of one's choice."""
 
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from nystrom.hf.files import TOKENIZER, find
+from nystrom.hf.files import check_tokenizer, find
 from nystrom.hf.settings import EXACT_BELOW, configure, settings_of
 from nystrom.models import check_encoder, num_positions
+from nystrom.presets import Attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Attention = Literal["softmax", "nystrom", "nystrom_shift", "nystrom_residual"]
 OWN = {"softmax": "exact", "nystrom": "nystrom", "nystrom_shift": "shift", "nystrom_residual": "residual"}
 """What our Nyströmformer's config calls them."""
 
@@ -29,8 +28,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         ValueError: it cannot pad.
     """
     folder = find(name, allow_pickle=True)
-    if not any(fnmatch(file.name, pattern) for file in folder.iterdir() for pattern in TOKENIZER):
-        raise FileNotFoundError(f"{name}: no tokenizer in this folder; pass --tokenizer")  # or one would be made up
+    check_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{name}: this tokenizer has no padding token, which inputs of unequal length need")

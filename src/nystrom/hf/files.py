@@ -51,6 +51,12 @@ def find(name: str, allow_pickle: bool) -> Path:
     return folder
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise FileNotFoundError where a folder has no tokenizer: transformers would make one up."""
+    if not any(fnmatch(file.name, pattern) for file in folder.iterdir() for pattern in TOKENIZER):
+        raise FileNotFoundError(f"{folder}: no tokenizer in this folder; pass --tokenizer")
+
+
 def check_folder(folder: Path, allow_pickle: bool) -> dict[str, Any]:
     """What config.json says.
 

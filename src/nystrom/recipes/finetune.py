@@ -22,13 +22,12 @@ import torch
 from nystrom import runs
 from nystrom.data import jobs
 from nystrom.data.jobs import Encoded, Job
+from nystrom.presets import READ_BY, Attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-Attention = Literal["softmax", "nystrom", "nystrom_shift", "nystrom_residual"]
 SETTINGS = ("num_landmarks", "top_k", "window", "block", "exact_below")
-CHECKPOINTS = 3 * (4 + 2 * 4)  # bytes a parameter: up to three at a time, with the moments of AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +164,7 @@ def train(config: Finetune) -> dict[str, Any]:
     size = sum(p.numel() for p in model.parameters())
     encoded = jobs.encoded(job, tokenizer, config.length)
     if state.is_main_process:
-        runs.check_out(config.out, config, config.resume, size * (CHECKPOINTS + 4 * max(1, len(config.seeds))))
+        runs.check_out(config.out, config, config.resume, size * (runs.CHECKPOINTS + 4 * max(1, len(config.seeds))))
         print("\n".join(about(job, encoded, model)), flush=True)
         runs.start(config.out, "finetune", config)
     state.wait_for_everyone()
@@ -243,23 +242,16 @@ def prepare(config: Finetune) -> "tuple[Job, PreTrainedTokenizerBase, PreTrained
 
 def check_settings(config: Finetune) -> None:
     """Raise ValueError for a setting out of range."""
-    least = {"length": 3, "batch_size": 1, "gradient_accumulation": 1, "checkpoint_steps": 1}
-    least |= {"train_examples": 1, "eval_examples": 1, "early_stopping": 1}
-    for name, lowest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}: got {value}")
-    for name in ("lr", "epochs"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite: got {getattr(config, name)}")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be at least 0 and finite: got {config.weight_decay}")
-    for name in ("warmup", "hold_out"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1: got {getattr(config, name)}")
+    ones = ("batch_size", "gradient_accumulation", "checkpoint_steps", "train_examples", "eval_examples")
+    runs.check_least(config, {"length": 3, **dict.fromkeys((*ones, "early_stopping"), 1)})
+    rules = {name: (0 < getattr(config, name) < math.inf, "positive and finite") for name in ("lr", "epochs")}
+    rules |= {name: (0 <= getattr(config, name) < 1, "at least 0 and below 1") for name in ("warmup", "hold_out")}
+    runs.check_rules(config, rules | {"weight_decay": (0 <= config.weight_decay < math.inf, "at least 0 and finite")})
     for seed in (config.seed, *config.seeds):
         if not 0 <= seed < 2**32:
             raise ValueError(f"a seed must be at least 0 and below 2**32: got {seed}")
+    if config.seeds and config.seed:
+        raise ValueError(f"seeds take the place of seed: got {config.seed} beside {', '.join(map(str, config.seeds))}")
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds must differ: got {', '.join(map(str, config.seeds))}")
     if config.early_stopping is not None and config.hold_out == 0:
@@ -280,16 +272,21 @@ def read(config: Finetune) -> Job:
             job = jobs.from_tables(config.task, config.train, config.eval, *columns, config.regression)
         case _:
             raise TypeError(f"not a task: {type(config).__name__}")
-    job = jobs.limited(job, config.train_examples, config.eval_examples)
-    return jobs.with_hold_out(job, config.hold_out) if config.hold_out else job
+    return jobs.drawn(job, config.train_examples, config.eval_examples, config.hold_out)
 
 
 def load_model(config: Finetune, job: Job) -> "PreTrainedModel":
     """The pretrained encoder with a head, and the attention asked for."""
-    from nystrom.hf.classifier import load_classifier
+    from nystrom.hf.classifier import attention_of, load_classifier
 
     given = {name: getattr(config, name) for name in SETTINGS if getattr(config, name) is not None}
-    return load_classifier(config.model, job.labels, config.length, config.attention, given)
+    model = load_classifier(config.model, job.labels, config.length, config.attention, given)
+    kind = attention_of(model)
+    if unread := [f"{name} {value}" for name, value in given.items() if name not in READ_BY[kind]]:
+        raise ValueError(
+            f"attention {kind} does not read {', '.join(unread)}; leave it out, or pass another --attention"
+        )
+    return model
 
 
 def train_once(

@@ -4,10 +4,10 @@
 
 Without --data it reads the documentation and source of the running Python. The --out folder is a model that
 `nystrom fill-mask`, `nystrom finetune --model` and transformers' Auto classes open; beside the weights it holds
-run.json (the resolved config, versions and commit), metrics.json (held-out scores, the training curve), curve.png,
-checkpoints to resume from, and TensorBoard logs.
+run.json (settings, versions, commit), metrics.json (scores, curve), curve.png, checkpoints, and TensorBoard logs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -20,7 +20,7 @@ from nystrom import runs
 from nystrom.data import rows, sources, streams
 from nystrom.data.packing import Packing, load_tokenizer
 from nystrom.data.text import Encoding, python_files
-from nystrom.presets import FORM, FROM_A_MODEL, OPEN, PRESETS, SIZES
+from nystrom.presets import FORM, FROM_A_MODEL, OPEN, PRESETS, READ_BY, SIZES, Attention
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from nystrom.data.sources import Source
     from nystrom.hf import NystromformerForPreTraining
 
-Attention = Literal["softmax", "nystrom", "nystrom_shift", "nystrom_residual"]
 HELD_OUT = 0.05  # part of the documents, where no others are named
 SCORES = ("accuracy", "loss_nats", "perplexity", "sentence_order_accuracy")
-CHECKPOINTS = 3 * (4 + 2 * 4)  # bytes a parameter: up to three at a time, with the moments of AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ class Pretrain:
     positions: Literal["tile", "interpolate"] = "tile"
     """How the positions of --init reach a longer --length: repeated, or stretched."""
     tokenizer: str | None = None
-    """"bytes" (default), or the folder or hub name of a Hugging Face tokenizer that has a mask token."""
+    """"bytes", or the folder or hub name of one with a mask token. Default: that of --init, or bytes."""
 
     sentence_order: bool = False
     """Also learn whether two stretches of a document have been swapped; a block is then [CLS] A [SEP] B [SEP]."""
@@ -151,7 +149,7 @@ def train(config: Pretrain) -> dict[str, Any]:
     state = PartialState(cpu=not torch.accelerator.is_available())
     config, tokenizer, model = prepare(config)
     if state.is_main_process:  # alone: the others may already see what it writes next
-        runs.check_out(config.out, config, config.resume, CHECKPOINTS * model.num_parameters())
+        runs.check_out(config.out, config, config.resume, runs.CHECKPOINTS * model.num_parameters())
     train_sources, eval_sources = corpus(config)
     maker = block_maker(config, tokenizer)
     train_set = streams.train_stream(maker, train_sources)
@@ -218,17 +216,23 @@ def prepare(config: Pretrain) -> "tuple[Pretrain, PreTrainedTokenizerBase, Nystr
     config = replace(config, **{name: settings[name] for name in open_ones})
     check_settings(config)
     runs.mixed_precision(config.precision)
-    name, needed = str(config.init or config.tokenizer or "bytes"), ("cls",) if config.sentence_order else ()
-    tokenizer = load_tokenizer(name, needed)
     set_seed(config.seed)
-    model = build_model(config, tokenizer) if config.init is None else load_model(config, tokenizer)
+    start = None if config.init is None else load_model(config)
+    name, needed = str(config.tokenizer or config.init or "bytes"), ("cls",) if config.sentence_order else ()
+    tokenizer = load_tokenizer(name, needed)
+    model = start or build_model(config, tokenizer)
     own = model.config
+    if len(tokenizer) > own.vocab_size:
+        raise ValueError(f"{name} has {len(tokenizer)} tokens, and the model of {config.init} knows {own.vocab_size}")
     tokenizer.model_max_length = own.max_position_embeddings
+    attention = next(name for name, kind in OWN.items() if kind == own.attention)
+    if config.num_landmarks is not None and "num_landmarks" not in READ_BY[attention]:
+        raise ValueError(f"attention {attention} reads no num_landmarks: got {config.num_landmarks}; leave it out")
     config = replace(
         config,
         **{name: getattr(own, field) for name, field in SIZES.items()},
         num_landmarks=own.num_landmarks,
-        attention=next(name for name, kind in OWN.items() if kind == own.attention),
+        attention=attention,
         length=config.length or own.max_position_embeddings,
         tokenizer=name,
         packing=config.packing or (None if config.sentence_order else "stream"),
@@ -238,27 +242,21 @@ def prepare(config: Pretrain) -> "tuple[Pretrain, PreTrainedTokenizerBase, Nystr
 
 def check_settings(config: Pretrain) -> None:
     """Raise ValueError for a setting out of range, or a contradiction of two; the model checks its own sizes."""
-    least = {"length": 8 if config.sentence_order else 2, "steps": 1, "batch_size": 1, "gradient_accumulation": 1}
-    least |= {"eval_blocks": 1, "eval_steps": 1, "seed": 0}
-    for name, lowest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}: got {value}")
-    in_range = {
-        "lr": (cast(float, config.lr) > 0, "positive"),
-        "weight_decay": (config.weight_decay >= 0, "at least 0"),
+    ones = ("steps", "batch_size", "gradient_accumulation", "eval_blocks", "eval_steps")
+    runs.check_least(config, {"length": 8 if config.sentence_order else 2, "seed": 0, **dict.fromkeys(ones, 1)})
+    of_dataset = ("dataset_config", "dataset_split", "dataset_eval_split")
+    runs.check_read(config, {"positions": "init", **dict.fromkeys(of_dataset, "dataset")})
+    rules = {
+        "lr": (0 < cast(float, config.lr) < math.inf, "positive and finite"),
+        "weight_decay": (0 <= config.weight_decay < math.inf, "at least 0 and finite"),
         "warmup": (0 <= cast(float, config.warmup) <= 1, "in [0, 1]"),
         "mask_probability": (0 < config.mask_probability <= 1, "above 0 and at most 1"),
     }
-    for name, (good, rule) in in_range.items():
-        if not good:
-            raise ValueError(f"{name} must be {rule}: got {getattr(config, name)}")
+    runs.check_rules(config, rules)
     if config.sentence_order and config.packing is not None:
         raise ValueError(f"packing is settled by sentence_order, one document a block: got {config.packing}")
-    if config.init is not None and config.tokenizer is not None:
-        raise ValueError(f"tokenizer must be left out, it is that of init: got {config.tokenizer} and {config.init}")
-    if config.dataset is not None and (config.data or config.eval_data):
-        raise ValueError(f"dataset takes the place of data and eval_data: got {config.dataset} beside them")
+    if config.dataset is not None and (config.data or config.eval_data or config.encoding != "utf-8"):
+        raise ValueError(f"dataset takes the place of data, eval_data and encoding: got {config.dataset} beside them")
 
 
 def build_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "NystromformerForPreTraining":
@@ -281,7 +279,7 @@ def build_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "Nyst
     return NystromformerForPreTraining(sizes)
 
 
-def load_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "NystromformerForPreTraining":
+def load_model(config: Pretrain) -> "NystromformerForPreTraining":
     """The model of --init, with the attention and the length asked for."""
     from accelerate import PartialState
 
@@ -296,10 +294,10 @@ def load_model(config: Pretrain, tokenizer: "PreTrainedTokenizerBase") -> "Nystr
     for name, value in given.items():
         if value != (own := getattr(model.config, SIZES[name])):
             raise ValueError(f"{name} is {own} in {config.init}: got {value}; leave it out")
-    if len(tokenizer) > (own := model.config.vocab_size):
-        raise ValueError(f"{config.init}: its tokenizer has {len(tokenizer)} tokens, its model {own}")
     if config.length is not None and config.length > model.config.max_position_embeddings:
         model.extend_positions(config.length, config.positions)
+    elif config.positions != "tile":
+        raise ValueError(f"positions is of a length above the model's own: got {config.positions}; leave it out")
     if new:
         PartialState().print(f"{config.init}: new, untrained weights: {', '.join(new)}")
     return model

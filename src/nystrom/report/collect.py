@@ -6,15 +6,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nystrom.presets import READ_BY
 from nystrom.runs import COMPLETE, read_json, spread
 
-READ_BY = {
-    "softmax": {"conv_kernel_size"},
-    "nystrom": {"num_landmarks", "exact_below", "conv_kernel_size"},
-    "nystrom_shift": {"num_landmarks", "exact_below", "conv_kernel_size"},
-    "nystrom_residual": {"num_landmarks", "top_k", "window", "block", "exact_below", "conv_kernel_size"},
-}
-"""Settings of attention that each kind reads, in the order of the columns."""
 OF_ATTENTION = set.union(*READ_BY.values())
 NOT_COMPARED = {"attention", "seed", "seeds", "task"}
 NOT_COMPARED |= {"out", "resume", "dry_run", "checkpoint_steps", "eval_steps", "predict"}  # no score depends on them

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nystrom.environment import describe
-from nystrom.report.collect import READ_BY, Placed, difference
+from nystrom.presets import READ_BY
+from nystrom.report.collect import Placed, difference
 
 COUNTS = ("examples", "steps", "tokens_per_second", "seconds", "parameters")
 """What metrics.json holds beside the scores."""
@@ -88,7 +89,8 @@ def _difference(name: str, placed: Placed) -> str:
     more = difference(placed.cell, placed.twin, name)["mean"]
     if in_points(name):
         return f" ({_more(more)})"
-    return f" ({round(100 * more / placed.twin.scores()[name]['mean'], 1) + 0.0:+.1f} %)"
+    of = placed.twin.scores()[name]["mean"]
+    return f" ({round(100 * more / of, 1) + 0.0:+.1f} %)" if of else ""
 
 
 def in_points(name: str) -> bool:
