@@ -346,6 +346,9 @@ def test_writes_all_or_nothing(folder, tmp_path, monkeypatch):
     model.config.conv_kernel_size = None
     with pytest.raises(ValueError, match="conv_kernel_size must be a number: got None"):
         model.save_transformers(tmp_path / "no")
+    model.config.conv_kernel_size, model.config.norm_first = 5, True
+    with pytest.raises(ValueError, match="norm_first must be False: got True"):
+        model.save_transformers(tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 

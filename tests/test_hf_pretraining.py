@@ -101,7 +101,7 @@ def test_norm_first_is_another_model():
     made = model(norm_first=True)
     assert isinstance(made.nystromformer.encoder.norm, torch.nn.LayerNorm)
     assert isinstance(made.nystromformer.encoder.embeddings.norm, torch.nn.Identity)
-    with pytest.raises(ValueError, match="not names of our Nyströmformer"):
+    with pytest.raises(ValueError, match="norm_first must be False: got True"):
         ours.NystromformerForMaskedLM(config(norm_first=True)).save_transformers("nowhere")
 
 
@@ -224,3 +224,9 @@ def test_what_cannot_be_started_from_is_told(tmp_path):
     (tmp_path / "ours/config.json").write_text(json.dumps(fields | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"weights of the encoder are missing: .*blocks\.2"):
         start_from(tmp_path / "ours", 3)
+
+
+def test_transformers_has_no_such_model_to_write(tmp_path):
+    with pytest.raises(ValueError, match=r"no NystromformerForPreTraining: .* as NystromformerForMaskedLM"):
+        model().save_transformers(tmp_path / "no")
+    assert not (tmp_path / "no").exists()

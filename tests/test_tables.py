@@ -146,7 +146,11 @@ WRONG = {
     "csv-column": ("a.csv", "Text,label\na,x\n", "a.csv, line 2: no column 'text'; its columns: Text, label"),
     "csv-twice": ("a.csv", "text,label,text\na,x,b\n", "two columns have the same name: text, label, text; rename one"),
     "csv-encoding": ("a.csv", "text,label\na,x\ncaf\xe9,y\n".encode("latin-1"), "a.csv, line 3: not UTF-8 text"),
-    "csv-label-of-lines": ("a.csv", 'text,label\na,x\nb,"y\nz"\n', r"a.csv, line 3: label 'y\nz' holds a tab or a line"),
+    "csv-label-of-lines": (
+        "a.csv",
+        'text,label\na,x\nb,"y\nz"\n',
+        r"a.csv, line 3: label 'y\nz' holds a tab or a line",
+    ),
     "csv-spaces": ("a.csv", "text,label\na,x\nb, x\n", "a.csv, line 3: label ' x' begins or ends with a space"),
     "one-class": ("a.csv", "text,label\na,x\nb,x\n", "a.csv: every row has the label 'x'; a classifier needs two or"),
     "header-only": ("a.csv", "text,label\n", "a.csv: no rows in this file"),
@@ -155,7 +159,11 @@ WRONG = {
     "tsv-wide": ("a.tsv", "text\tlabel\na\tb\tx\n", "a.tsv, line 2: got 3 columns, but the header names 2 (text, lab"),
     "tsv-quoted": ("a.tsv", 'text\tlabel\na\tx\n"say ""b"""\ty\n', 'a.tsv, line 3: \'"say ""b"""\' is quoted as in a'),
     "jsonl-syntax": ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": }\n', "a.jsonl, line 2: not JSON: Expecting va"),
-    "jsonl-blank": ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": "b", "label": "y"}\n', "line 2: blank; remove the line"),
+    "jsonl-blank": (
+        "a.jsonl",
+        '{"text": "a", "label": "x"}\n\n{"text": "b", "label": "y"}\n',
+        "line 2: blank; remove the line",
+    ),
     "jsonl-list": ("a.jsonl", '["a", "x"]\n', "a.jsonl, line 1: got ['a', 'x'], not a JSON object; write one object"),
     "jsonl-key": (
         "a.jsonl",

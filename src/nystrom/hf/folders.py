@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import NystromformerConfig as TheirConfig
 
@@ -129,6 +130,12 @@ def write(model: "PreTrainedModel", config: NystromformerConfig, folder: Path, l
         raise FileExistsError(f"{folder}: exists already; name a new or an empty folder")
     if config.conv_kernel_size is None:
         raise ValueError("conv_kernel_size must be a number: got None; transformers' model always has the convolution")
+    if not hasattr(transformers, name := type(model).__name__):
+        raise ValueError(f"transformers has no {name}: read its folder as one that it has, as NystromformerForMaskedLM")
+    if config.norm_first:
+        raise ValueError(
+            "norm_first must be False: got True; transformers' model normalises after each part of a block"
+        )
     if not config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings must be True: got False")
     if length is not None and (length <= config.num_landmarks or length % config.num_landmarks != 0):
