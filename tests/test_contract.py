@@ -22,6 +22,8 @@ import nystrom.residual
 import nystrom.spectral
 from nystrom import environment
 from nystrom.bench.table import markdown, read
+from nystrom.report.collect import collect, placed, together
+from nystrom.report.page import made_with, overview
 
 PACKAGE = Path(nystrom.__file__).parent
 # Each may import itself and what stands above it.
@@ -43,6 +45,7 @@ ORDER = [
     "multihead",
     "compat",
     "encoder",
+    "baselines",
     "environment",
     "runs",
     "metrics",
@@ -54,6 +57,7 @@ ORDER = [
     "bench",
     "inspect",
     "report",
+    "lra",
     "recipes",
     "demo",
     "cli",
@@ -189,6 +193,14 @@ def test_tables_in_the_docs_are_made_from_the_committed_lines():
     page = (docs / "results.md").read_text()
     for name in ("peers", "speed", "hf", "memory", "error", "synthetic"):
         assert markdown(read(docs / "results" / f"{name}.jsonl")) in page, name
+
+
+def test_the_table_of_fine_tuning_is_made_from_the_committed_runs():
+    docs = PACKAGE.parents[1] / "docs"
+    table = placed(together(collect([docs / "results" / "language"])[0]))
+    own = [one for one in table if one.cell.recipe == "finetune"]
+    page = (docs / "results.md").read_text()
+    assert overview(own) in page and made_with(own) in page
 
 
 def test_numbers_in_the_readme_are_those_of_the_committed_demo():
