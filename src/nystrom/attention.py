@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nystrom._precision import full_precision
 from nystrom._validate import check_indices, check_options, key_padding_mask
+from nystrom.convolution import TokenConvolution
 from nystrom.functional import inverse_of, landmarks_of, nystrom_attention, weights
 from nystrom.inverses import Inverse, InverseName
 from nystrom.landmarks import Landmarks, LandmarksName
@@ -65,8 +66,6 @@ class NystromAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads != 0:
             raise ValueError(f"embed_dim must be a positive multiple of num_heads: got {embed_dim} and {num_heads}")
-        if conv_kernel_size is not None and (conv_kernel_size < 1 or conv_kernel_size % 2 == 0):
-            raise ValueError(f"conv_kernel_size must be odd, so that it has a centre, or None: got {conv_kernel_size}")
         check_options(dropout, False, None, num_landmarks, num_pinv_iters)
         inverse_of(pinv, num_pinv_iters)
         landmarks_of(landmarks)
@@ -88,10 +87,7 @@ class NystromAttention(nn.Module):
         self.key = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.value = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.out = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.conv = None
-        if conv_kernel_size is not None:
-            window = (conv_kernel_size, 1)  # over tokens, one filter for all channels of a head
-            self.conv = nn.Conv2d(num_heads, num_heads, window, padding="same", groups=num_heads, bias=False)
+        self.conv = None if conv_kernel_size is None else TokenConvolution(num_heads, conv_kernel_size)
 
     def forward(self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None) -> Float[Tensor, "b n c"]:
         """Attend within each sample.

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from nystrom._precision import full_precision
 from nystrom._validate import check_token_mask
+from nystrom.convolution import TokenConvolution
 from nystrom.functional import nystrom_attention
 from nystrom.maps import attention_factors
 
@@ -73,8 +74,7 @@ class NystromAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(dropout))
         self.residual = residual
         if residual:
-            window = (residual_conv_kernel, 1)
-            self.res_conv = nn.Conv2d(heads, heads, window, padding="same", groups=heads, bias=False)
+            self.res_conv = TokenConvolution(heads, residual_conv_kernel)
 
     def forward(
         self,

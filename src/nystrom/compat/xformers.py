@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nystrom._validate import key_padding_mask as as_key_mask
+from nystrom.convolution import TokenConvolution
 from nystrom.functional import nystrom_attention
 
 
@@ -82,8 +83,6 @@ class NystromAttention(nn.Module):
             )
         if v_skip_connection is not None and conv_kernel_size is not None:
             raise ValueError(f"v_skip_connection must be None with conv_kernel_size={conv_kernel_size}: pass one")
-        if conv_kernel_size is not None and (conv_kernel_size < 1 or conv_kernel_size % 2 == 0):
-            raise ValueError(f"conv_kernel_size must be odd, so that it has a centre, or None: got {conv_kernel_size}")
         self.num_heads = num_heads
         self.num_landmarks = num_landmarks
         self.inv_iterations = inv_iterations
@@ -91,8 +90,7 @@ class NystromAttention(nn.Module):
         self.attn_drop = nn.Dropout(dropout)
         self.skip_connection = v_skip_connection
         if conv_kernel_size is not None:
-            window = (conv_kernel_size, 1)
-            self.skip_connection = nn.Conv2d(num_heads, num_heads, window, padding="same", groups=num_heads, bias=False)
+            self.skip_connection = TokenConvolution(num_heads, conv_kernel_size)
 
     def forward(
         self,
