@@ -2,14 +2,11 @@
 
 import math
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator
 from itertools import product
-from lzma import LZMAError
 from pathlib import Path
 
-from nystrom.data import hub
+from nystrom.data import archives, hub
 from nystrom.data.examples import Example, decode
 
 HUB = "stanfordnlp/imdb"
@@ -71,31 +68,14 @@ def _folder(data: Path, parts: tuple[str, ...]) -> Iterator[Review]:
 
 
 def _archive(data: Path, parts: tuple[str, ...]) -> Iterator[Review]:
-    try:
-        with tarfile.open(data) as archive:
-            for member in archive:
-                match = FILE.fullmatch(member.name)
-                if match and match[1] in parts and member.isfile() and (file := archive.extractfile(member)):
-                    yield f"{data}: {member.name}", match[2], match[3], file.read()
-            _check_end(archive)
-    except (tarfile.TarError, EOFError, LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's, not the archive's
-            raise
-        raise ValueError(
-            f"{data}: not a tar archive, or a damaged one ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "get it again"
-        ) from error
+    def is_wanted(name: str) -> bool:
+        match = FILE.fullmatch(name)
+        return match is not None and match[1] in parts
 
-
-def _check_end(archive: tarfile.TarFile) -> None:
-    """Raise unless the archive has its end mark, which tarfile would not miss; read on, so that checksums count."""
-    file = archive.fileobj
-    assert file is not None
-    file.seek(archive.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it stops before its end mark")
-    while file.read(1 << 20):
-        pass
+    for name, content in archives.read(data, is_wanted):
+        match = FILE.fullmatch(name)
+        assert match is not None
+        yield f"{data}: {name}", match[2], match[3], content
 
 
 def _from_hub(rows: hub.Rows, where: str) -> list[Example]:
