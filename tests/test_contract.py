@@ -39,6 +39,7 @@ ORDER = [
     "functional",
     "spectral",
     "residual",
+    "convolution",
     "maps",
     "analysis",
     "attention",

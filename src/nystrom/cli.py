@@ -35,7 +35,8 @@ def run(arguments: list[str]) -> None:
     from nystrom import demo
     from nystrom.bench import error, front, memory, models, plot, sentences, speed, synthetic, table
     from nystrom.inspect import command as inspection
-    from nystrom.recipes import convert, fill_mask, finetune, pretrain
+    from nystrom.lra import table as lra_table
+    from nystrom.recipes import convert, fill_mask, finetune, lra, pretrain
     from nystrom.report import command as report
 
     @dataclass(frozen=True)
@@ -65,11 +66,25 @@ def run(arguments: list[str]) -> None:
             | Annotated[finetune.Csv, subcommand("csv")]
         ]
 
+    @dataclass(frozen=True)
+    class Lra:
+        """Long Range Arena: train on one of its tasks with one kind of attention; a table of such runs."""
+
+        task: OmitSubcommandPrefixes[
+            Annotated[lra.ListOps, subcommand("listops")]
+            | Annotated[lra.Text, subcommand("text")]
+            | Annotated[lra.Retrieval, subcommand("retrieval")]
+            | Annotated[lra.Image, subcommand("image")]
+            | Annotated[lra.Pathfinder, subcommand("pathfinder")]
+            | Annotated[lra_table.Table, subcommand("table")]
+        ]
+
     command = tyro.cli(
         Annotated[demo.Demo, subcommand("demo")]  # pyright: ignore[reportArgumentType]
         | Annotated[pretrain.Pretrain, subcommand("pretrain")]
         | Annotated[fill_mask.FillMask, subcommand("fill-mask")]
         | Annotated[Finetune, subcommand("finetune")]
+        | Annotated[Lra, subcommand("lra")]
         | Annotated[report.Report, subcommand("report")]
         | Annotated[inspection.Inspect, subcommand("inspect")]
         | Annotated[convert.Convert, subcommand("convert")]
@@ -87,6 +102,10 @@ def run(arguments: list[str]) -> None:
             fill_mask.run(command)
         case Finetune(task):
             finetune.run(task)
+        case Lra(lra_table.Table() as config):
+            lra_table.run(config)
+        case Lra(lra.Lra() as task):
+            lra.run(task)
         case report.Report():
             report.run(command)
         case inspection.Inspect():

@@ -41,8 +41,18 @@ FROM_A_MODEL = {"lr": 1e-4, "schedule": "linear", "dropout": None}
 
 READ_BY = {
     "softmax": {"conv_kernel_size"},
-    "nystrom": {"num_landmarks", "exact_below", "conv_kernel_size"},
-    "nystrom_shift": {"num_landmarks", "exact_below", "conv_kernel_size"},
+    "softmax_matrix": {"conv_kernel_size"},
+    "nystrom": {"num_landmarks", "num_pinv_iters", "exact_below", "conv_kernel_size"},
+    "nystrom_shift": {"num_landmarks", "num_pinv_iters", "exact_below", "conv_kernel_size"},
     "nystrom_residual": {"num_landmarks", "top_k", "window", "block", "exact_below", "conv_kernel_size"},
+    "linformer": {"num_features", "conv_kernel_size"},
+    "performer": {"num_features", "conv_kernel_size"},
+    "performer_relu": {"num_features", "conv_kernel_size"},
+    "reformer": {"num_hashes", "conv_kernel_size"},
+    "linear": {"conv_kernel_size"},
+    "longformer": {"window", "conv_kernel_size"},
+    "bigbird": {"block", "conv_kernel_size"},
+    "skyformer": {"num_landmarks", "conv_kernel_size"},
+    "none": {"conv_kernel_size"},
 }
 """Settings that each attention reads, in the order of a report's columns."""

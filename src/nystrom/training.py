@@ -143,18 +143,22 @@ class LengthGrouped(Sampler[int]):
 
 
 class GroupedTrainer(Trainer):
-    """Trainer whose batches hold examples of about one length (see `LengthGrouped`); `lengths` are the examples'."""
+    """Trainer whose batches hold examples of about one length (see `LengthGrouped`); `lengths` are the examples', None:
+    batches are drawn at random.
+    """
 
-    def __init__(self, *, lengths: Sequence[int], **arguments: Any) -> None:
+    def __init__(self, *, lengths: Sequence[int] | None, **arguments: Any) -> None:
         super().__init__(**arguments)
         # Trainer takes **kwargs in a model's forward for a promise to divide its loss by all examples of the step, and
         # scales accordingly; BERT's classifier has them and takes the mean of its batch.
         self.model_accepts_loss_kwargs = False
-        self._order = LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
-        self.add_callback(_Epochs(self._order))
+        self._order = None
+        if lengths is not None:
+            self._order = LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
+            self.add_callback(_Epochs(self._order))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        return self._order
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
 
 
 class _Epochs(TrainerCallback):

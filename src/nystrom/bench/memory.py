@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from nystrom import runs
 from nystrom.bench.lines import Grid, Line, grid, record, show
 from nystrom.bench.methods import NAMES, Form, check_sizes, methods, random_inputs
 
@@ -95,42 +96,15 @@ def peak_of_this_process(request: str) -> int | None:
         inputs = random_inputs(b, h, length, d)
         if wanted["backward"]:
             inputs = tuple(x.requires_grad_() for x in inputs)
-        reset_peak()
-        before = current()
+        before = runs.reset_host_peak()
         with torch.set_grad_enabled(wanted["backward"]):
             out = form(*inputs)
             results = out.nbytes
             if wanted["backward"]:
                 out.sum().backward()
                 results += sum(x.nbytes for x in inputs)  # the gradients
-        extra = peak() - before - results
+        extra = runs.host_peak() - before - results
     return max(0, extra)
-
-
-def current() -> int:
-    """Resident bytes now."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def peak() -> int:
-    """Most resident bytes so far, since `reset_peak` where the system can reset it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak() -> None:
-    """Let `peak` forget what loading took (Linux; elsewhere a peak below it reads as zero)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
 
 
 if __name__ == "__main__":

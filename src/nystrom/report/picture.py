@@ -13,9 +13,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
+from nystrom.presets import READ_BY
 from nystrom.report.collect import Placed
 
 COLOURS = {"softmax": "#000000", "nystrom": "#0072b2", "nystrom_shift": "#56b4e9", "nystrom_residual": "#e69f00"}
+COLOURS |= {"linformer": "#009e73", "performer": "#cc79a7", "reformer": "#d55e00"}
+COLOURS |= {kind: "#888888" for kind in READ_BY if kind not in COLOURS}
 """Okabe and Ito's, which the colour-blind tell apart; as in the pictures of `nystrom bench`."""
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")

@@ -1,0 +1,61 @@
+"""Accuracy against speed and against memory, a column of panels for each task."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")  # files only; a window needs a screen
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from nystrom.report.collect import Cell
+from nystrom.report.picture import COLOURS, MARKERS
+
+OVER = {"examples_per_second": "examples/s (training)", "peak_memory": "peak memory (MiB)"}
+
+
+def draw(cells: list[Cell], path: Path) -> None:
+    """Write a PNG."""
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    kinds = list(dict.fromkeys(cell.attention for cell in cells))
+    figure, places = plt.subplots(
+        2, len(tasks), figsize=(1.5 + 2.9 * len(tasks), 6.2), layout="constrained", squeeze=False, sharey="col"
+    )
+    for column, task in enumerate(tasks):
+        for row, name in enumerate(OVER):
+            panel(places[row][column], [cell for cell in cells if cell.task == task], kinds, name)
+        places[0][column].set_title(task)
+    for row, title in enumerate(OVER.values()):
+        places[row][0].set_ylabel("test accuracy (per cent)")
+        for place in places[row]:
+            place.set_xlabel(title)
+    found = {
+        label: handle for place in figure.axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6, frameon=False)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
+    plt.close(figure)
+    partial.replace(path)
+
+
+def panel(axes: Axes, cells: list[Cell], kinds: list[str], name: str) -> None:
+    """A point for each cell."""
+    for cell in cells:
+        value = cell.mean(name)
+        if value is None:
+            continue
+        place = kinds.index(cell.attention)
+        axes.errorbar(
+            value / (2**20 if name == "peak_memory" else 1),
+            100 * cell.score()["mean"],
+            100 * cell.score()["sd"],
+            fmt=MARKERS[place % len(MARKERS)],
+            color=COLOURS[cell.attention],
+            capsize=3,
+            label=cell.attention,
+        )
+    axes.set_xscale("log")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,136 @@
+"""Runs of Long Range Arena as one table with the published numbers, and accuracy against speed and memory.
+
+nystrom lra table runs/ --out report/
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from nystrom.lra.tasks import PUBLISHED
+from nystrom.report.collect import Cell, Placed, collect, placed, together
+from nystrom.report.page import made_with
+
+NAMES = {
+    "listops": "ListOps",
+    "text": "Text",
+    "retrieval": "Retrieval",
+    "aan-subset": "AAN subset",
+    "image": "Image",
+    "pathfinder32": "Pathfinder32",
+}
+"""Tasks as the table heads them, in its order; others come after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of all runs of Long Range Arena in these folders, the published numbers beside ours."""
+
+    dirs: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR [DIR ...]")]
+    """Folders of runs, or folders with some anywhere below."""
+    out: Path | None = None
+    """Folder for lra.md, lra.jsonl (a line a cell) and lra.png; earlier ones in it are replaced."""
+
+
+def run(config: Table) -> None:
+    """Print the table, and write it with all numbers and a picture.
+
+    Raises:
+        FileNotFoundError: no such folder, or no finished run of Long Range Arena in it.
+        ValueError: no folder is named; a file of a run is damaged; two runs are the same.
+    """
+    if not config.dirs:
+        raise ValueError("name a folder of runs, or several: nystrom lra table runs/")
+    found, unfinished = collect(config.dirs)
+    cells = placed(together(one for one in found if one.recipe == "lra"))
+    if not cells:
+        raise FileNotFoundError(f"{', '.join(map(str, config.dirs))}: no finished run of Long Range Arena in there")
+    page = markdown(cells, unfinished)
+    print(page)
+    if config.out is not None:
+        from nystrom.lra.picture import draw
+
+        config.out.mkdir(parents=True, exist_ok=True)
+        for name, content in (("lra.md", page), ("lra.jsonl", "\n".join(json.dumps(line(cell)) for cell in cells))):
+            partial = config.out / f"{name}.partial"
+            partial.write_text(content + "\n", encoding="utf-8")
+            partial.replace(config.out / name)
+        draw([one.cell for one in cells], config.out / "lra.png")
+
+
+def line(found: Placed) -> dict[str, Any]:
+    """All numbers of a cell."""
+    cell = found.cell
+    return {
+        **{name: getattr(cell, name) for name in ("task", "attention", "settings")},
+        "row": found.column,
+        "seeds": cell.seeds(),
+        "accuracy": cell.score(),
+        "published": published(cell),
+        "part_of_the_authors_steps": part(cell),
+        **{name: cell.mean(name) for name in ("steps", "seconds", "examples_per_second", "peak_memory", "parameters")},
+        "examples": cell.runs[0].metrics["examples"],
+        "environment": [one.environment for one in cell.runs],
+    }
+
+
+def published(cell: Cell) -> float | None:
+    """Per cent, of this task and kind; None where there is none."""
+    return PUBLISHED.get(cell.attention, {}).get(cell.task)
+
+
+def part(cell: Cell) -> float:
+    """Steps made, of those that the authors made."""
+    steps, theirs = cell.mean("steps"), cell.mean("steps_of_the_authors")
+    assert steps is not None and theirs is not None
+    return steps / theirs
+
+
+def markdown(cells: list[Placed], unfinished: list[str]) -> str:
+    """The whole page."""
+    tasks = sorted({one.cell.task for one in cells}, key=lambda task: ([*NAMES, task].index(task), task))
+    rows = dict.fromkeys((one.cell.settings["preset"], one.column) for one in cells)
+    at = {(one.cell.settings["preset"], one.column, one.cell.task): one.cell for one in cells}
+    parts = []
+    for preset in dict.fromkeys(preset for preset, _ in rows):
+        names = [column for other, column in rows if other == preset]
+        body = [[name, *(_cell(at.get((preset, name, task))) for task in tasks)] for name in names]
+        cost = [[name, *(_cost(at.get((preset, name, task))) for task in tasks)] for name in names]
+        heads = [NAMES.get(task, task) for task in tasks]
+        parts += [
+            f"**Accuracy on the test set (per cent), preset {preset}; in brackets the published one**",
+            _grid(["attention", *heads], body),
+            f"**Examples/s while training, and peak memory (MiB), preset {preset}**",
+            _grid(["attention", *heads], cost),
+        ]
+    parts.append(
+        "± is the standard deviation over seeds. A part of the authors' steps is named where it is not all of them; "
+        "the schedule then is as much shorter. Numbers of examples are in lra.jsonl."
+    )
+    if unfinished:
+        parts += ["Unfinished, and not in the tables:", "\n".join(f"- {one}" for one in unfinished)]
+    return "\n\n".join([*parts, made_with(cells)])
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    score, theirs, done = cell.score(), published(cell), part(cell)
+    spread = f" ± {100 * score['sd']:.2f}" if len(cell.runs) > 1 else ""
+    steps = "" if done >= 1 else f" at {100 * done:.2g} % of the steps"
+    return f"{100 * score['mean']:.2f}{spread}{steps}" + ("" if theirs is None else f" ({theirs:.2f})")
+
+
+def _cost(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    speed, memory = cell.mean("examples_per_second"), cell.mean("peak_memory")
+    return f"{speed:.3g}, {(memory or 0) / 2**20:,.0f}"
+
+
+def _grid(header: list[str], lines: list[list[str]]) -> str:
+    every = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(one)} |" for one in every)
