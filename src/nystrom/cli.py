@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     from tyro.conf import OmitSubcommandPrefixes, subcommand
 
     from nystrom import demo
-    from nystrom.bench import error, front, memory, models, plot, sentences, speed, synthetic, table
+    from nystrom.bench import error, front, memory, models, plot, sentences, speed, steps, synthetic, table
     from nystrom.inspect import command as inspection
     from nystrom.lra import table as lra_table
     from nystrom.recipes import convert, fill_mask, finetune, lra, pretrain
@@ -49,6 +49,7 @@ def run(arguments: list[str]) -> None:
             | Annotated[error.Error, subcommand("error")]
             | Annotated[synthetic.Synthetic, subcommand("synthetic")]
             | Annotated[models.Models, subcommand("models")]
+            | Annotated[steps.Lra, subcommand("lra")]
             | Annotated[sentences.Sts, subcommand("sts")]
             | Annotated[sentences.Retrieval, subcommand("retrieval")]
             | Annotated[table.Table, subcommand("table")]
@@ -122,6 +123,8 @@ def run(arguments: list[str]) -> None:
             synthetic.run(config)
         case Bench(models.Models() as config):
             models.run(config)
+        case Bench(steps.Lra() as config):
+            steps.run(config)
         case Bench(sentences.Sts() as config):
             sentences.run_sts(config)
         case Bench(sentences.Retrieval() as config):

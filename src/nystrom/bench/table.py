@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nystrom.bench import error, memory, models, sentences, speed, synthetic
+from nystrom.bench import error, memory, models, sentences, speed, steps, synthetic
 from nystrom.bench.lines import Line, tables
 
 SUMMARY = {
@@ -16,6 +16,7 @@ SUMMARY = {
     "synthetic": synthetic.summary,
     "error": error.summary,
     "models": models.summary,
+    "lra": steps.summary,
     "sts": sentences.summary_of_sts,
     "retrieval": sentences.summary_of_retrieval,
 }
