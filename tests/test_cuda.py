@@ -97,6 +97,17 @@ def test_the_cpus_numbers_and_gradients(attend, masked):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [200, 203])  # a multiple of eight, which the fused kernels' masks ask for, and not
+def test_gradients_of_the_fused_kernels(attend, n):
+    """float64 runs torch's plain kernel; float32, what models train in, runs its fused ones."""
+    qkv, mask = inputs(n, dtype=torch.float32)
+    weight = torch.randn_like(qkv[2])
+    want = run(on(attend, "cpu", torch.float64), tuple(x.double() for x in qkv), mask, weight.double())
+    got = run(on(attend, "cuda", torch.float32), tuple(x.cuda() for x in qkv), mask.cuda(), weight.cuda())
+    for one, other in zip(got, want, strict=True):
+        assert (one.cpu() - other).norm() / other.norm() < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precisions(attend, dtype):
     """Computed in float32 from the rounded inputs, and rounded once at the end."""
