@@ -22,8 +22,9 @@ import nystrom.residual
 import nystrom.spectral
 from nystrom import environment
 from nystrom.bench.table import markdown, read
+from nystrom.lra.table import markdown as lra_markdown
 from nystrom.report.collect import collect, placed, together
-from nystrom.report.page import made_with, overview
+from nystrom.report.page import details, made_with, overview
 
 PACKAGE = Path(nystrom.__file__).parent
 # Each may import itself and what stands above it.
@@ -192,16 +193,18 @@ def test_readme_examples_run(tmp_path):
 def test_tables_in_the_docs_are_made_from_the_committed_lines():
     docs = PACKAGE.parents[1] / "docs"
     page = (docs / "results.md").read_text()
-    for name in ("peers", "speed", "hf", "memory", "error", "synthetic"):
+    for name in ("peers", "speed", "hf", "memory", "error", "synthetic", "lra"):
         assert markdown(read(docs / "results" / f"{name}.jsonl")) in page, name
 
 
-def test_the_table_of_fine_tuning_is_made_from_the_committed_runs():
+def test_the_tables_of_runs_are_made_from_the_committed_ones():
     docs = PACKAGE.parents[1] / "docs"
-    table = placed(together(collect([docs / "results" / "language"])[0]))
-    own = [one for one in table if one.cell.recipe == "finetune"]
     page = (docs / "results.md").read_text()
-    assert overview(own) in page and made_with(own) in page
+    found = {name: placed(together(collect([docs / "results" / name])[0])) for name in ("language", "pretraining")}
+    for own in found.values():
+        assert overview(own) in page and made_with(own) in page
+    assert details(found["pretraining"]) in page
+    assert lra_markdown(placed(together(collect([docs / "results" / "lra"])[0])), []) in page
 
 
 def test_numbers_in_the_readme_are_those_of_the_committed_demo():
