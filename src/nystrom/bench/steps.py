@@ -36,7 +36,7 @@ class Lra:
     batch: int = 32
     """Examples of a step (count)."""
     kinds: tuple[Measured, ...] = get_args(Measured)
-    """What to measure."""
+    """What to measure, beside nystrom, which the others are compared with."""
     rounds: int = 3
     """Times that every kind takes a step, in turn (count)."""
     precision: Literal["float32", "bfloat16"] = "float32"
