@@ -319,3 +319,37 @@ def test_the_table_has_ours_beside_the_published(config, tmp_path, capsys):
         cli.run(["lra", "table", str(tmp_path / "none")])
     cli.run(["report", str(tmp_path / "runs")])  # it knows these runs too
     assert "| listops (accuracy) |" in capsys.readouterr().out
+
+
+def made(folder, kind="nystrom", **changed):
+    """A run folder as `lra` leaves it, to see how the table sets several side by side."""
+    folder.mkdir(parents=True)
+    own = {"steps": None, "budget": None, "lr": 1e-4, "preset": "paper", "num_landmarks": None, **changed}
+    about = {"recipe": "lra", "config": {"attention": kind, "seed": 0, **own}, "environment": {}}
+    count = own["steps"] or 321
+    found = {"task": "listops", "attention": kind, "seed": 0, "score": {"name": "accuracy", "value": 0.25}}
+    found |= {"scores": {"accuracy": 0.25}, "examples": {"train": 8}, "steps": count, "steps_of_the_authors": 5000}
+    found |= {"examples_per_second": 40.0, "peak_memory": 2**21}
+    for name, content in (("run.json", about), ("metrics.json", found)):
+        (folder / name).write_text(json.dumps(content))
+
+
+def test_runs_of_other_settings_do_not_hide_each_other_in_the_table(tmp_path, capsys):
+    made(tmp_path / "a", "softmax", budget=20.0)
+    made(tmp_path / "b", budget=20.0)
+    made(tmp_path / "c", steps=5000)
+    made(tmp_path / "d", budget=20.0, num_landmarks=128)
+    made(tmp_path / "e", budget=20.0, preset="clean")
+    cli.run(["lra", "table", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| attention | ListOps, steps default, budget 20 | ListOps, steps 5000, budget default |" in said
+    assert "| nystrom, num_landmarks default | 321, 40, 2 | 5,000, 40, 2 |" in said
+    assert "| nystrom, num_landmarks 128 | 321, 40, 2 | – |" in said
+    assert "preset clean" in said and "Not made alike" not in said
+
+
+def test_runs_that_cannot_be_compared_are_named_under_the_table(tmp_path, capsys):
+    made(tmp_path / "a", "softmax", steps=5000)
+    made(tmp_path / "b", steps=5000, lr=1e-3)
+    cli.run(["lra", "table", str(tmp_path)])
+    assert "Not made alike:\n\n- nystrom, ListOps: lr 0.001, not 0.0001" in capsys.readouterr().out

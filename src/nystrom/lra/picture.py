@@ -9,22 +9,22 @@ matplotlib.use("agg")  # files only; a window needs a screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from nystrom.report.collect import Cell
+from nystrom.report.collect import Placed
 from nystrom.report.picture import COLOURS, MARKERS
 
 OVER = {"examples_per_second": "examples/s (training)", "peak_memory": "peak memory (MiB)"}
 
 
-def draw(cells: list[Cell], path: Path) -> None:
+def draw(table: list[Placed], path: Path) -> None:
     """Write a PNG."""
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    kinds = list(dict.fromkeys(cell.attention for cell in cells))
+    tasks = list(dict.fromkeys(one.cell.task for one in table))
+    columns = list(dict.fromkeys(one.column for one in table))
     figure, places = plt.subplots(
         2, len(tasks), figsize=(1.5 + 2.9 * len(tasks), 6.2), layout="constrained", squeeze=False, sharey="col"
     )
     for column, task in enumerate(tasks):
         for row, name in enumerate(OVER):
-            panel(places[row][column], [cell for cell in cells if cell.task == task], kinds, name)
+            panel(places[row][column], [one for one in table if one.cell.task == task], columns, name)
         places[0][column].set_title(task)
     for row, title in enumerate(OVER.values()):
         places[row][0].set_ylabel("test accuracy (per cent)")
@@ -40,13 +40,13 @@ def draw(cells: list[Cell], path: Path) -> None:
     partial.replace(path)
 
 
-def panel(axes: Axes, cells: list[Cell], kinds: list[str], name: str) -> None:
+def panel(axes: Axes, table: list[Placed], columns: list[str], name: str) -> None:
     """A point for each cell."""
-    for cell in cells:
+    for one in table:
+        cell, place = one.cell, columns.index(one.column)
         value = cell.mean(name)
         if value is None:
             continue
-        place = kinds.index(cell.attention)
         axes.errorbar(
             value / (2**20 if name == "peak_memory" else 1),
             100 * cell.score()["mean"],
@@ -54,7 +54,7 @@ def panel(axes: Axes, cells: list[Cell], kinds: list[str], name: str) -> None:
             fmt=MARKERS[place % len(MARKERS)],
             color=COLOURS[cell.attention],
             capsize=3,
-            label=cell.attention,
+            label=one.column,
         )
     axes.set_xscale("log")
     axes.grid(color="0.9")

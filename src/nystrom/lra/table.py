@@ -58,7 +58,7 @@ def run(config: Table) -> None:
             partial = config.out / f"{name}.partial"
             partial.write_text(content + "\n", encoding="utf-8")
             partial.replace(config.out / name)
-        draw([one.cell for one in cells], config.out / "lra.png")
+        draw(cells, config.out / "lra.png")
 
 
 def line(found: Placed) -> dict[str, Any]:
@@ -91,21 +91,24 @@ def part(cell: Cell) -> float:
 
 def markdown(cells: list[Placed], unfinished: list[str]) -> str:
     """The whole page."""
-    tasks = sorted({one.cell.task for one in cells}, key=lambda task: ([*NAMES, task].index(task), task))
-    rows = dict.fromkeys((one.cell.settings["preset"], one.column) for one in cells)
-    at = {(one.cell.settings["preset"], one.column, one.cell.task): one.cell for one in cells}
+    order = [*NAMES, *(one.cell.task for one in cells)]
+    presets = dict.fromkeys(one.cell.settings["preset"] for one in cells)
     parts = []
-    for preset in dict.fromkeys(preset for preset, _ in rows):
-        names = [column for other, column in rows if other == preset]
-        body = [[name, *(_cell(at.get((preset, name, task))) for task in tasks)] for name in names]
-        cost = [[name, *(_cost(at.get((preset, name, task))) for task in tasks)] for name in names]
-        heads = [NAMES.get(task, task) for task in tasks]
+    for preset in presets:
+        own = [one for one in cells if one.cell.settings["preset"] == preset]
+        rows = dict.fromkeys(one.column for one in own)
+        heads = dict.fromkeys(_head(one) for one in sorted(own, key=lambda one: order.index(one.cell.task)))
+        at = {(one.column, _head(one)): one.cell for one in own}
+        body = [[row, *(_cell(at.get((row, head))) for head in heads)] for row in rows]
+        cost = [[row, *(_cost(at.get((row, head))) for head in heads)] for row in rows]
         parts += [
             f"**Accuracy on the test set (per cent), preset {preset}; in brackets the published one**",
             _grid(["attention", *heads], body),
-            f"**Examples/s while training, and peak memory (MiB), preset {preset}**",
+            f"**Steps made, examples/s while training, and peak memory (MiB), preset {preset}**",
             _grid(["attention", *heads], cost),
         ]
+        if unlike := [f"- {one.column}, {_head(one)}: {'; '.join(one.notes)}" for one in own if one.notes]:
+            parts += ["Not made alike:", "\n".join(unlike)]
     parts.append(
         "± is the standard deviation over seeds. A part of the authors' steps is named where it is not all of them; "
         "the schedule then is as much shorter. Numbers of examples are in lra.jsonl."
@@ -113,6 +116,12 @@ def markdown(cells: list[Placed], unfinished: list[str]) -> str:
     if unfinished:
         parts += ["Unfinished, and not in the tables:", "\n".join(f"- {one}" for one in unfinished)]
     return "\n\n".join([*parts, made_with(cells)])
+
+
+def _head(one: Placed) -> str:
+    """Its task, with the settings other than the preset that vary between the task's cells."""
+    task, preset = one.cell.task, f", preset {one.cell.settings['preset']}"
+    return NAMES.get(task, task) + one.row.removeprefix(task).replace(preset, "")
 
 
 def _cell(cell: Cell | None) -> str:
@@ -127,8 +136,8 @@ def _cell(cell: Cell | None) -> str:
 def _cost(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    speed, memory = cell.mean("examples_per_second"), cell.mean("peak_memory")
-    return f"{speed:.3g}, {(memory or 0) / 2**20:,.0f}"
+    steps, speed, memory = (cell.mean(name) or 0 for name in ("steps", "examples_per_second", "peak_memory"))
+    return f"{steps:,.0f}, {speed:.3g}, {memory / 2**20:,.0f}"
 
 
 def _grid(header: list[str], lines: list[list[str]]) -> str:

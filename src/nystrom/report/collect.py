@@ -204,8 +204,8 @@ def notes(cell: Cell, first: Cell) -> list[str]:
         here, there = (
             sorted({_plain(run.metrics[name]) for run in c.runs if name in run.metrics}) for c in (cell, first)
         )
-        stopped_early = name == "steps" and cell.settings.get("early_stopping") is not None
-        if here and there and (here != there or len(here) > 1) and not stopped_early:
+        stops = name == "steps" and any(cell.settings.get(rule) is not None for rule in ("early_stopping", "budget"))
+        if here and there and (here != there or len(here) > 1) and not stops:
             found.append(f"{name} {' or '.join(here)}" + ("" if cell is first else f", not {' or '.join(there)}"))
     longest, least = cell.mean("longest_input"), cell.mean("exact_below")
     if longest and least and longest < least:
