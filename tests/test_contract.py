@@ -47,6 +47,7 @@ ORDER = [
     "multihead",
     "compat",
     "encoder",
+    "distributed",
     "baselines",
     "environment",
     "runs",

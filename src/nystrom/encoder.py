@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nystrom._validate import key_padding_mask
@@ -158,12 +158,14 @@ class SequenceClassifier(nn.Module):
         x = self.encoder(input_ids, mask)
         if mask is None:
             mask = torch.ones_like(input_ids, dtype=torch.bool)
-        if self.pooling == "mean":
-            pooled = x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-        else:
-            pooled = x[torch.arange(len(x), device=x.device), mask.int().argmax(1)]  # argmax: the first True
-        logits = self.classifier(self.dropout(pooled))
+        logits = self.classifier(self.dropout(self.pool(x, mask)))
         return ClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+    def pool(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b c"]:
+        """One vector for each sample: the mean of its valid tokens, or the first of them."""
+        if self.pooling == "mean":
+            return x.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return x[torch.arange(len(x), device=x.device), mask.int().argmax(1)]  # argmax: the first True
 
 
 class Encoder(nn.Module):
@@ -214,10 +216,13 @@ class Embeddings(nn.Module):
         return self.of_vectors(self.token(input_ids), token_type_ids)
 
     def of_vectors(
-        self, x: Float[Tensor, "b n c"], token_type_ids: Int[Tensor, "b n"] | None = None
+        self, x: Float[Tensor, "b n c"], token_type_ids: Int[Tensor, "b n"] | None = None, first: int = 0
     ) -> Float[Tensor, "b n c"]:
-        """The same from the tokens' vectors in place of their ids; without token_type_ids all are of segment 0."""
-        n, max_length = x.shape[1], self.position.num_embeddings - self.position_offset
+        """The same from the tokens' vectors in place of their ids; without token_type_ids all are of segment 0.
+
+        The first token stands at place `first`.
+        """
+        n, max_length = first + x.shape[1], self.position.num_embeddings - self.position_offset
         if n > max_length:
             raise ValueError(
                 f"input_ids must be at most max_length tokens long: got {n}, max_length {max_length}; "
@@ -227,7 +232,7 @@ class Embeddings(nn.Module):
             x = x + (self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids))
         elif token_type_ids is not None:
             raise ValueError("token_type_ids must be left out: this model has no segments (type_vocab_size 0)")
-        return self.dropout(self.norm(x + self.position.weight[self.position_offset :][:n]))
+        return self.dropout(self.norm(x + self.position.weight[self.position_offset :][first:n]))
 
 
 class Block(nn.Module):

@@ -159,7 +159,7 @@ def summarise(
     elif n == s:
         query_mask = key_mask
     query, query_landmarks, query_exists = _landmarks(query, landmarks, num_landmarks, query_mask)
-    if key_mask is not None:  # where there is no key, ask nothing of the padding, which `_attend` then shows
+    if key_mask is not None:  # where there is no key, ask nothing of the padding, which `attend` then shows
         query_landmarks = query_landmarks.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
     key, key_landmarks, key_exists = _landmarks(key, landmarks, num_landmarks, key_mask)
     key_landmarks = key_landmarks.repeat_interleave(h // g, dim=1)
@@ -190,10 +190,10 @@ def through_landmarks(
     # Grouped heads share their keys, so their landmarks go in as extra queries: keys are never repeated.
     by_group = at.query_landmarks.unflatten(1, (g, h // g)).flatten(2, 3)  # (b, g, h/g m, d)
     key_mask = None if at.key_mask is None else at.key_mask[:, None]
-    right_value = _attend(by_group, at.key, value, key_mask, at.scale)  # landmarks read the tokens
+    right_value = attend(by_group, at.key, value, key_mask, at.scale)  # landmarks read the tokens
     right_value = right_value.unflatten(2, (h // g, -1)).flatten(1, 2)  # (b, h, m, v)
     landmark_value = core_pinv @ right_value
-    return _attend(at.query, at.key_landmarks, landmark_value, at.key_exists, at.scale, dropout_p)  # and tokens them
+    return attend(at.query, at.key_landmarks, landmark_value, at.key_exists, at.scale, dropout_p)  # and tokens them
 
 
 def inverse_of(pinv: InverseName | Inverse, num_pinv_iters: int | None) -> Inverse:
@@ -247,7 +247,7 @@ def _landmarks(
     return tokens, means, (counts if counts.ndim == 3 else counts[:, None]) > 0
 
 
-def _attend(
+def attend(
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b h s d"],
     value: Float[Tensor, "b h s v"],

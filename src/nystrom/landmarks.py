@@ -79,11 +79,7 @@ def strided(
     if mask is None:
         mask = torch.ones(b, n, dtype=torch.bool, device=tokens.device)
     counts = _counts(segment_of_token(mask, m), m)
-    rank = counts.cumsum(-1) - counts + (counts - 1).clamp_min(0) // 2  # of the middle token, among the valid
-    rank_of_token = torch.where(mask, mask.cumsum(-1) - 1, n)  # masked ones go to a place of their own
-    places = torch.arange(n, device=tokens.device).expand(b, n)
-    place_of_rank = places.new_zeros(b, n + 1).scatter(1, rank_of_token, places)
-    index = place_of_rank.gather(1, rank)  # (b, m)
+    index = places_of_valid(mask).gather(1, middles(counts))  # (b, m)
     chosen = tokens.gather(2, index[:, None, :, None].expand(b, h, m, d))
     chosen = chosen.to(torch.promote_types(tokens.dtype, torch.float32))
     return chosen.masked_fill((counts == 0)[:, None, :, None], 0.0), counts
@@ -191,8 +187,7 @@ def segment_means_sharing(
     b, _, n, _ = tokens.shape
     if mask is not None:
         return _bin_means(tokens, segment_of_token(mask, m), m)
-    counts = torch.full((m,), n // m, device=tokens.device)
-    counts[m - n % m :] += 1
+    counts = segment_lengths(n, m, tokens.device)
     if _cpu.usable(tokens):
         tokens, sums = _cpu.segment_sums(tokens, None, m)
         return tokens, sums / counts[:, None], counts.expand(b, m)
@@ -201,16 +196,58 @@ def segment_means_sharing(
     return tokens, torch.cat(means, dim=2), counts.expand(b, m)
 
 
-def segment_of_token(mask: Bool[Tensor, "b n"], m: int) -> Int[Tensor, "b n"]:
-    """The segment of each valid token (see `segment_means`); m for a masked one."""
-    rank = mask.cumsum(-1) - 1  # place among the sample's valid tokens
-    num_valid = mask.sum(-1, keepdim=True)
+def segment_of_token(
+    mask: Bool[Tensor, "b n"],
+    m: int,
+    before: Int[Tensor, "#b 1"] | int = 0,
+    num_valid: Int[Tensor, "#b 1"] | None = None,
+) -> Int[Tensor, "b n"]:
+    """The segment of each valid token (see `segment_means`); m for a masked one.
+
+    Of a stretch of longer samples where `before` says how many valid tokens come earlier, and num_valid how many there
+    are in all (count).
+    """
+    rank = mask.cumsum(-1) - 1 + before  # place among the sample's valid tokens
+    if num_valid is None:
+        num_valid = mask.sum(-1, keepdim=True)
     length = num_valid // m
     num_short = m - num_valid % m
     in_short = num_short * length  # tokens held by the short segments
     long_segment = num_short + (rank - in_short) // (length + 1)
     segment = torch.where(rank < in_short, rank // length.clamp_min(1), long_segment)
     return torch.where(mask, segment, m)
+
+
+def segment_lengths(num_valid: Int[Tensor, "b 1"] | int, m: int, device: torch.device) -> Int[Tensor, "*b m"]:
+    """How many of so many valid tokens each segment of `segment_means` holds."""
+    return num_valid // m + (torch.arange(m, device=device) >= m - num_valid % m)
+
+
+def middles(counts: Int[Tensor, "b m"]) -> Int[Tensor, "b m"]:
+    """The rank, among a sample's valid tokens, of the middle one of each segment of so many tokens."""
+    return counts.cumsum(-1) - counts + (counts - 1).clamp_min(0) // 2
+
+
+def places_of_valid(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n_plus_1"]:
+    """Where a sample's first valid token stands, its second, and so on; then zeros."""
+    b, n = mask.shape
+    rank = torch.where(mask, mask.cumsum(-1) - 1, n)  # masked ones go to a place of their own
+    places = torch.arange(n, device=mask.device).expand(b, n)
+    return places.new_zeros(b, n + 1).scatter(1, rank, places)
+
+
+def bin_sums(
+    tokens: Float[Tensor, "b h n d"], bins: Int[Tensor, "b n"], m: int
+) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
+    """The tokens, and the sums of those in each of m bins; bin m is "none"."""
+    if _cpu.usable(tokens):
+        return _cpu.segment_sums(tokens, bins, m)
+    b, h, _, d = tokens.shape
+    flat = (bins + (m + 1) * torch.arange(b, device=tokens.device)[:, None]).flatten()  # (b n)
+    # Token-major rows: (b, n, h d) is how projections lie in memory, so this adds whole rows without a copy.
+    rows = tokens.transpose(1, 2).flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))  # (b n, h, d)
+    sums = rows.new_zeros(b * (m + 1), h, d).index_add(0, flat, rows).unflatten(0, (b, m + 1))[:, :m]
+    return tokens, sums.transpose(1, 2)
 
 
 def _check(tokens: Tensor, num_landmarks: int, mask: Tensor | None) -> tuple[int, Tensor | None]:
@@ -234,17 +271,9 @@ def _bin_means(
     tokens: Float[Tensor, "b h n d"], bins: Int[Tensor, "b n"], m: int
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"], Int[Tensor, "b m"]]:
     """The tokens, the mean of those in each of m bins (zero for an empty one), and how many there are (m: no bin)."""
-    b, h, _, d = tokens.shape
     counts = _counts(bins, m)
-    divisor = counts.clamp_min(1)[:, None, :, None]
-    if _cpu.usable(tokens):
-        tokens, sums = _cpu.segment_sums(tokens, bins, m)
-        return tokens, sums / divisor, counts
-    flat = (bins + (m + 1) * torch.arange(b, device=tokens.device)[:, None]).flatten()  # (b n)
-    # Token-major rows: (b, n, h d) is how projections lie in memory, so this adds whole rows without a copy.
-    rows = tokens.transpose(1, 2).flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))  # (b n, h, d)
-    sums = rows.new_zeros(b * (m + 1), h, d).index_add(0, flat, rows).unflatten(0, (b, m + 1))[:, :m]
-    return tokens, sums.transpose(1, 2) / divisor, counts
+    tokens, sums = bin_sums(tokens, bins, m)
+    return tokens, sums / counts.clamp_min(1)[:, None, :, None], counts
 
 
 def _nearest(

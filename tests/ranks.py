@@ -1,0 +1,64 @@
+"""Processes that stay for a whole test module and run its functions together, as ranks of a gloo group."""
+
+import multiprocessing as mp
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+
+class Ranks:
+    """Up to `most` ranks; the first few of them make the group of a smaller number.
+
+    Args:
+        most: ranks (count).
+        folder: an empty one, to meet in.
+        checked: import the package with its shape annotations checked, as pytest's hook does here.
+    """
+
+    def __init__(self, most: int, folder: Path, checked: bool) -> None:
+        spawn = mp.get_context("spawn")
+        ends = [spawn.Pipe() for _ in range(most)]
+        meeting = f"file://{folder / 'meeting'}"
+        self.pipes = [here for here, _ in ends]
+        self.processes = [
+            spawn.Process(target=_work, args=(rank, most, meeting, there, checked), daemon=True)
+            for rank, (_, there) in enumerate(ends)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, *args, ranks: int) -> list:
+        """function(group, *args) on each of so many ranks; an exception comes back in the place of a result."""
+        for pipe in self.pipes[:ranks]:
+            pipe.send((function, args, ranks))
+        answers = [pipe.recv() for pipe in self.pipes[:ranks]]
+        crashed = [told for result, told in answers if told and not isinstance(result, ValueError)]
+        assert not crashed, crashed[0]
+        return [result for result, _ in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(20)
+
+
+def _work(rank, most, meeting, pipe, checked) -> None:
+    if checked:
+        from jaxtyping import install_import_hook
+
+        install_import_hook("nystrom", "beartype.beartype")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=most, timeout=timedelta(seconds=60))
+    groups = {count: dist.new_group(list(range(count))) for count in range(1, most + 1)}
+    while (task := pipe.recv()) is not None:
+        function, args, ranks = task
+        torch.manual_seed(rank)
+        try:
+            pipe.send((function(groups[ranks], *args), None))
+        except Exception as error:
+            pipe.send((error, traceback.format_exc()))
+    dist.destroy_process_group()
