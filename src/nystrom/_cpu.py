@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 
+Runs = list[tuple[int, int]]
+"""How tokens fall into consecutive segments: so many of them, of so many tokens each (counts); then so many others."""
+
 BLOCK = 2**20  # numbers to copy at a time: 4 MiB in float32, which stay in cache
 
 
@@ -35,15 +38,20 @@ def eager() -> bool:
     )
 
 
-def segment_sums(
-    tokens: Float[Tensor, "b h n d"], bins: Int[Tensor, "b n"] | None, m: int
+def bin_sums(
+    tokens: Float[Tensor, "b h n d"], bins: Int[Tensor, "b n"], m: int
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
-    """The tokens, and their sums over m bins (bin m is "none"), or over m consecutive segments where bins is None.
+    """The tokens, and their sums over m bins (bin m is "none").
 
     Whoever uses the tokens again takes those returned: the two gradients then meet here and are added in place, which
     saves two arrays of the tokens' size.
     """
-    return _SegmentSums.apply(tokens, bins, m)
+    return _BinSums.apply(tokens, bins, m)
+
+
+def run_sums(tokens: Float[Tensor, "b h n d"], runs: Runs) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
+    """The same over consecutive segments."""
+    return _RunSums.apply(tokens, runs)
 
 
 def refine_inverse(
@@ -68,20 +76,17 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
     return wrapped
 
 
-class _SegmentSums(Function):
+class _BinSums(Function):
     @staticmethod
     @custom_fwd(device_type="cpu")
     def forward(ctx, tokens, bins, m):
         b, h, n, d = tokens.shape
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
         ctx.save_for_backward(bins)
         ctx.m = m
-        if bins is None:
-            return tokens, torch.cat([part.sum(3, dtype=dtype) for part in segments(tokens, m)], dim=2)
-        sums = tokens.new_zeros(b, m + 1, h, d, dtype=dtype)
+        sums = tokens.new_zeros(b, m + 1, h, d, dtype=torch.promote_types(tokens.dtype, torch.float32))
         for i in range(b):
             for part in _slices(n, h * d):
-                sums[i].index_add_(0, bins[i, part], tokens[i, :, part].transpose(0, 1).to(dtype))
+                sums[i].index_add_(0, bins[i, part], tokens[i, :, part].transpose(0, 1).to(sums.dtype))
         return tokens, sums[:, :m].transpose(1, 2)
 
     @staticmethod
@@ -89,12 +94,6 @@ class _SegmentSums(Function):
     @custom_bwd(device_type="cpu")  # a backward pass may run inside autocast
     def backward(ctx, grad, grad_sums):
         (bins,) = ctx.saved_tensors
-        if bins is None:
-            done = 0
-            for part in segments(grad, ctx.m):
-                part += grad_sums[:, :, done : done + part.shape[2], None]
-                done += part.shape[2]
-            return grad, None, None
         b, h, n, d = grad.shape
         rows = grad_sums.new_zeros(b, ctx.m + 1, h, d)
         rows[:, : ctx.m] = grad_sums.transpose(1, 2)
@@ -102,6 +101,25 @@ class _SegmentSums(Function):
             for part in _slices(n, h * d):
                 grad[i, :, part] += rows[i].index_select(0, bins[i, part]).transpose(0, 1)
         return grad, None, None
+
+
+class _RunSums(Function):
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, tokens, runs):
+        ctx.runs = runs
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return tokens, torch.cat([part.sum(3, dtype=dtype) for part in segments(tokens, runs)], dim=2)
+
+    @staticmethod
+    @once
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, grad, grad_sums):
+        done = 0
+        for part in segments(grad, ctx.runs):
+            part += grad_sums[:, :, done : done + part.shape[2], None]
+            done += part.shape[2]
+        return grad, None
 
 
 class _RefineInverse(Function):
@@ -146,11 +164,7 @@ def _slices(n: int, row: int) -> list[slice]:
     return [slice(start, min(n, start + length)) for start in range(0, n, length)]
 
 
-def segments(tokens: Tensor, m: int) -> list[Tensor]:
-    """Views (b, h, segments, length, d) of the short segments and of the long ones, if any."""
-    n = tokens.shape[2]
-    length, num_long = n // m, n % m  # not divmod, which torch.compile cannot trace
-    num_short = m - num_long
-    short, long = tokens.split([num_short * length, num_long * (length + 1)], dim=2)
-    parts = [short.unflatten(2, (num_short, length))]
-    return [*parts, long.unflatten(2, (num_long, length + 1))] if num_long else parts
+def segments(tokens: Tensor, runs: Runs) -> list[Tensor]:
+    """A view (b, h, segments, length, d) of each run."""
+    parts = tokens.split([count * length for count, length in runs], dim=2)
+    return [part.unflatten(2, run) for part, run in zip(parts, runs, strict=True)]

@@ -260,17 +260,25 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None) -> Float[Tensor, "b n c"]:
+        return self.after_attention(x, self.attention(self.before_attention(x), attn_mask))
+
+    def before_attention(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """What the attention reads, token by token."""
+        return self.attention_norm(x) if self.norm_first else x
+
+    def after_attention(self, x: Float[Tensor, "b n c"], attended: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The rest of the block, token by token."""
+        x = x + self.dropout(attended)
         if self.norm_first:
-            x = x + self.dropout(self.attention(self.attention_norm(x), attn_mask))
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, attn_mask)))
+        x = self.attention_norm(x)
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
     def attention_rows(
         self, x: Float[Tensor, "b n c"], indices: Int[Tensor, "..."], attn_mask: Tensor | None = None
     ) -> Float[Tensor, "b h r n"]:
         """What chosen tokens read in the attention of this block (see `NystromAttention.rows`); x as `forward` gets."""
-        return self.attention.rows(self.attention_norm(x) if self.norm_first else x, indices, attn_mask)
+        return self.attention.rows(self.before_attention(x), indices, attn_mask)
 
 
 def activation(name: Activation) -> nn.Module:

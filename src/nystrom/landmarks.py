@@ -189,10 +189,10 @@ def segment_means_sharing(
         return _bin_means(tokens, segment_of_token(mask, m), m)
     counts = segment_lengths(n, m, tokens.device)
     if _cpu.usable(tokens):
-        tokens, sums = _cpu.segment_sums(tokens, None, m)
+        tokens, sums = _cpu.run_sums(tokens, _runs(n, m))
         return tokens, sums / counts[:, None], counts.expand(b, m)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
-    means = [part.mean(3, dtype=dtype) for part in _cpu.segments(tokens, m)]
+    means = [part.mean(3, dtype=dtype) for part in _cpu.segments(tokens, _runs(n, m))]
     return tokens, torch.cat(means, dim=2), counts.expand(b, m)
 
 
@@ -241,13 +241,19 @@ def bin_sums(
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
     """The tokens, and the sums of those in each of m bins; bin m is "none"."""
     if _cpu.usable(tokens):
-        return _cpu.segment_sums(tokens, bins, m)
+        return _cpu.bin_sums(tokens, bins, m)
     b, h, _, d = tokens.shape
     flat = (bins + (m + 1) * torch.arange(b, device=tokens.device)[:, None]).flatten()  # (b n)
     # Token-major rows: (b, n, h d) is how projections lie in memory, so this adds whole rows without a copy.
     rows = tokens.transpose(1, 2).flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))  # (b n, h, d)
     sums = rows.new_zeros(b * (m + 1), h, d).index_add(0, flat, rows).unflatten(0, (b, m + 1))[:, :m]
     return tokens, sums.transpose(1, 2)
+
+
+def _runs(n: int, m: int) -> _cpu.Runs:
+    """The segments of n unmasked tokens: the short ones, and the long ones, if any."""
+    length, num_long = n // m, n % m  # not divmod, which torch.compile cannot trace
+    return [(m - num_long, length), (num_long, length + 1)] if num_long else [(m, length)]
 
 
 def _check(tokens: Tensor, num_landmarks: int, mask: Tensor | None) -> tuple[int, Tensor | None]:

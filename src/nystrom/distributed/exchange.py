@@ -85,15 +85,9 @@ def merge(
     """Attention over the keys of all ranks from that over each rank's own: the mean of the outputs by their masses.
 
     The masses are given and returned as logs (-inf: no key), and scaled by the largest before they are summed, so that
-    none overflows. Without gradient.
+    none overflows.
     """
-    most = log_mass.clone()
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    mass = (log_mass - most.clamp_min(torch.finfo(most.dtype).min)).exp()  # finite: -inf less -inf is NaN
-    parts = torch.cat([mass[..., None] * out, mass[..., None]], -1)
-    dist.all_reduce(parts, group=group)
-    mass = parts[..., -1]
-    return parts[..., :-1] / mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None], most + mass.log()
+    return _Merge.apply(out, log_mass, group)
 
 
 def edges(
@@ -121,6 +115,30 @@ class _Total(Function):
     @once
     def backward(ctx, grad):
         return _summed(grad, ctx.group), None
+
+
+class _Merge(Function):
+    @staticmethod
+    def forward(ctx, out, log_mass, group):
+        most = log_mass.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        mass = (log_mass - _finite(most)).exp()
+        merged = _summed(torch.cat([mass[..., None] * out, mass[..., None]], -1), group)
+        mass = merged[..., -1]
+        merged = merged[..., :-1] / mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None]
+        log_masses = most + mass.log()
+        ctx.save_for_backward(out, log_mass, merged, log_masses)
+        ctx.group = group
+        return merged, log_masses
+
+    @staticmethod
+    @once
+    def backward(ctx, grad, grad_log_mass):
+        out, log_mass, merged, log_masses = ctx.saved_tensors
+        both = _summed(torch.cat([grad, grad_log_mass[..., None]], -1), ctx.group)
+        grad, grad_log_mass = both[..., :-1], both[..., -1]
+        part = (log_mass - _finite(log_masses)).exp()
+        return part[..., None] * grad, part * (grad_log_mass + (grad * (out - merged)).sum(-1)), None
 
 
 class _Edges(Function):
@@ -168,6 +186,11 @@ def _pieces(reach: int, lengths: list[int], rank: int) -> list[tuple[int, int, i
         found.append((done, other, 0, length))
         done += length
     return [piece for piece in found if piece[3]]
+
+
+def _finite(logs: Tensor) -> Tensor:
+    """-inf less -inf is NaN."""
+    return logs.clamp_min(torch.finfo(logs.dtype).min)
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:

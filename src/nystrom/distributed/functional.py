@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nystrom._precision import full_precision
+from nystrom._stream import read
+from nystrom._stretches import Split, means, segment_sums, unmasked
 from nystrom._validate import check_attention_inputs, check_options, check_token_mask, key_padding_mask
-from nystrom.distributed.exchange import Group, agree, gather, same, total
-from nystrom.distributed.streaming import read
+from nystrom.distributed.exchange import Group, agree, gather, merge, same, total
 from nystrom.functional import INVERSES, Summary, attend, core, inverse_of
 from nystrom.inverses import Inverse, InverseName
-from nystrom.landmarks import bin_sums, segment_lengths, segment_of_token
 
 
 def sequence_parallel_nystrom_attention(
@@ -99,17 +99,6 @@ class Asked(NamedTuple):
     pinv: InverseName | Inverse
 
 
-class Split(NamedTuple):
-    """Where this rank's valid tokens stand among those of all ranks, for a mask of its own."""
-
-    mask: Bool[Tensor, "b n"] | None
-    """Its tokens that take part; None where all of all ranks do, and so b2 = 1; else b2 = b."""
-    before: Int[Tensor, "b2 1"]
-    """Valid tokens of earlier ranks (count)."""
-    num_valid: Int[Tensor, "b2 1"]
-    """Valid tokens of all ranks (count)."""
-
-
 def summarise(
     query: Tensor,
     key: Tensor,
@@ -130,13 +119,13 @@ def summarise(
         query_mask = key_mask
     queries, keys, own = _splits(query_mask, key_mask, found, self_attention, query.device, group)
     m, p = (min(asked.num_landmarks, sum(one[name] for one in found)) for name in "ns")
-    query, query_sums = bin_sums(query, _segments(queries, query, m), m)
-    key, key_sums = bin_sums(key, _segments(keys, key, p), p)
+    query, query_sums = segment_sums(query, queries, m)
+    key, key_sums = segment_sums(key, keys, p)
     # one message for both; in two, each with its own start, they cost twice the wait
     sums = total(torch.cat([query_sums.flatten(), key_sums.flatten()]), group)
     query_sums, key_sums = sums[: query_sums.numel()].view_as(query_sums), sums[query_sums.numel() :].view_as(key_sums)
-    query_landmarks, query_exists = _means(query_sums, queries, m)
-    key_landmarks, key_exists = _means(key_sums, keys, p)
+    query_landmarks, query_exists = means(query_sums, queries, m)
+    key_landmarks, key_exists = means(key_sums, keys, p)
     if h != g:
         key_landmarks = key_landmarks.repeat_interleave(h // g, dim=1)
     factor = d**-0.5 if asked.scale is None else asked.scale
@@ -163,7 +152,7 @@ def read_keys(
     key = at.key if g == at.key.shape[1] else at.key.repeat_interleave(g // at.key.shape[1], dim=1)
     wide = torch.promote_types(query.dtype, at.key.dtype)
     by_group = query.unflatten(1, (g, h // g)).flatten(2, 3)  # as in `nystrom.functional.through_landmarks`
-    out, log_mass = read(by_group, key.to(wide), value.to(wide), at.key_mask, at.scale, group)
+    out, log_mass = merge(*read(by_group, key.to(wide), value.to(wide), at.key_mask, at.scale), group)
     return out.unflatten(2, (h // g, -1)).flatten(1, 2), log_mass.unflatten(2, (h // g, -1)).flatten(1, 2)
 
 
@@ -217,17 +206,21 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def _splits(
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
+    query_mask: Bool[Tensor, "b n"] | None,
+    key_mask: Bool[Tensor, "b s"] | None,
     found: list[dict[str, int]],
     self_attention: bool,
     device: torch.device,
     group: Group,
 ) -> tuple[Split, Split, Split | None]:
-    """Of the queries, of the keys, and of the tokens that take part as both."""
+    """Of the queries, of the keys, and of the tokens that take part as both (in self-attention).
+
+    `found` are the sizes of each rank's input: b, n, s and its number of masks.
+    """
     rank = dist.get_rank(group)
     if not any(one["masks"] for one in found):
-        queries, keys = (_unmasked([one[name] for one in found], rank, device) for name in "ns")
+        lengths = ([one[name] for one in found] for name in "ns")
+        queries, keys = (unmasked(sum(every[:rank]), sum(every), device) for every in lengths)
         return queries, keys, queries if self_attention else None
     b, n, s = (found[rank][name] for name in "bns")
     masks = [
@@ -237,24 +230,5 @@ def _splits(
     if self_attention:
         masks.append(masks[0] & masks[1])
     counts = gather(torch.stack([mask.sum(1) for mask in masks]), group)[..., None]  # (ranks, masks, b, 1)
-    queries, keys, *own = (Split(*one) for one in zip(masks, counts[:rank].sum(0), counts.sum(0), strict=True))
+    queries, keys, *own = (Split(*one, None) for one in zip(masks, counts[:rank].sum(0), counts.sum(0), strict=True))
     return queries, keys, own[0] if own else None
-
-
-def _unmasked(lengths: list[int], rank: int, device: torch.device) -> Split:
-    numbers = torch.tensor([[sum(lengths[:rank])], [sum(lengths)]], device=device)
-    return Split(None, numbers[:1], numbers[1:])
-
-
-def _segments(split: Split, tokens: Float[Tensor, "b h n d"], m: int) -> Int[Tensor, "b n"]:
-    b, _, n, _ = tokens.shape
-    mask = tokens.new_ones(1, n, dtype=torch.bool) if split.mask is None else split.mask
-    return segment_of_token(mask, m, split.before, split.num_valid).expand(b, n)
-
-
-def _means(
-    sums: Float[Tensor, "b h m d"], split: Split, m: int
-) -> tuple[Float[Tensor, "b h m d"], Bool[Tensor, "b 1 m"] | None]:
-    """The landmarks, and which exist: None where all do."""
-    counts = segment_lengths(split.num_valid, m, sums.device)  # (b2, m)
-    return sums / counts.clamp_min(1)[:, None, :, None], None if split.mask is None else counts[:, None] > 0

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nystrom._precision import full_precision
+from nystrom._stretches import Split
 from nystrom.distributed.exchange import Group, total
-from nystrom.distributed.functional import Asked, Split, read_keys, summarise, through_landmarks
+from nystrom.distributed.functional import Asked, read_keys, summarise, through_landmarks
 from nystrom.functional import Summary, core, inverse_of, weights
 from nystrom.inverses import Inverse, InverseName
 from nystrom.landmarks import middles, places_of_valid, segment_lengths
