@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nystrom import (
     EncoderConfig,
@@ -16,12 +15,14 @@ from nystrom import (
     nystrom_attention,
     spectral_shift_attention,
 )
+from nystrom.bench.ranks import Sent
 from nystrom.convolution import TokenConvolution
 from nystrom.distributed import (
     sequence_parallel_convolution,
     sequence_parallel_nystrom_attention,
     sequence_parallel_spectral_shift_attention,
     split_sequence,
+    traffic,
 )
 from ranks import Ranks
 
@@ -323,21 +324,6 @@ def rows_and_length(group, ids):
 # What is sent
 
 
-class Sent(TorchDispatchMode):
-    """Bytes of the tensors that this rank gives to the collectives."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            given = args[1] if "allgather" in func.__name__ else args[0]
-            flat = [x for one in given for x in (one if isinstance(one, list) else [one])]
-            self.bytes += sum(x.numel() * x.element_size() for x in flat)
-        return func(*args, **(kwargs or {}))
-
-
 def sent(group, function, n, masked):
     b, h, d, v, m = 2, 3, 8, 16, 4
     query, key, value = (torch.randn(b, h, n, width, requires_grad=True) for width in (d, d, v))
@@ -361,8 +347,10 @@ def test_what_is_sent_does_not_grow_with_the_length(ranks, masked):
     landmarks, values = heads * m * 2 * d, heads * m * (1 + v + 1)
     assert forward == sizes + landmarks + values
     assert backward == landmarks + heads * m * (v + 1)
+    sizes = {"batch": b, "heads": h, "head_dim": d, "value_dim": v, "num_landmarks": m, "masked": masked}
+    assert found[0] == [traffic("nystrom", **sizes)] * 2
     shift = [ranks.run(sent, sequence_parallel_spectral_shift_attention, n, masked, ranks=2)[0] for n in (32, 512)]
-    assert shift[0] == shift[1] and sum(shift[0]) > forward + backward
+    assert shift[0] == shift[1] == traffic("shift", **sizes) and sum(shift[0]) > forward + backward
 
 
 # What is refused

@@ -33,7 +33,21 @@ def run(arguments: list[str]) -> None:
     from tyro.conf import OmitSubcommandPrefixes, subcommand
 
     from nystrom import demo
-    from nystrom.bench import error, front, memory, models, plot, sentences, speed, steps, synthetic, table
+    from nystrom.bench import (
+        error,
+        front,
+        growth,
+        memory,
+        models,
+        plot,
+        ranks,
+        scale,
+        sentences,
+        speed,
+        steps,
+        synthetic,
+        table,
+    )
     from nystrom.inspect import command as inspection
     from nystrom.lra import table as lra_table
     from nystrom.recipes import convert, fill_mask, finetune, lra, pretrain
@@ -50,11 +64,14 @@ def run(arguments: list[str]) -> None:
             | Annotated[synthetic.Synthetic, subcommand("synthetic")]
             | Annotated[models.Models, subcommand("models")]
             | Annotated[steps.Lra, subcommand("lra")]
+            | Annotated[scale.Scale, subcommand("scale")]
+            | Annotated[ranks.Ranks, subcommand("ranks")]
             | Annotated[sentences.Sts, subcommand("sts")]
             | Annotated[sentences.Retrieval, subcommand("retrieval")]
             | Annotated[table.Table, subcommand("table")]
             | Annotated[plot.Plot, subcommand("plot")]
             | Annotated[front.Front, subcommand("front")]
+            | Annotated[growth.Growth, subcommand("growth")]
         ]
 
     @dataclass(frozen=True)
@@ -123,6 +140,12 @@ def run(arguments: list[str]) -> None:
             synthetic.run(config)
         case Bench(models.Models() as config):
             models.run(config)
+        case Bench(growth.Growth() as config):
+            growth.run(config)
+        case Bench(scale.Scale() as config):
+            scale.run(config)
+        case Bench(ranks.Ranks() as config):
+            ranks.run(config)
         case Bench(steps.Lra() as config):
             steps.run(config)
         case Bench(sentences.Sts() as config):

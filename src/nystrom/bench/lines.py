@@ -36,11 +36,12 @@ RUN = ("bench", "utc", "what", "layout")
 
 
 def tables(lines: Iterable[Line]) -> list[list[Line]]:
-    """Cut lines into tables: forward and backward make two, except of encoders; each length of errors makes one."""
+    """Cut lines into tables: forward and backward make two, but of encoders and scale; each length of errors one."""
 
     def table_of(line: Line) -> str:
         keys = [*RUN, *(["n"] if line["bench"] in ("synthetic", "error") else [])]
-        return str([line.get(key) for key in keys + ([] if line.get("what") == "encoder" else ["backward"])])
+        both = line.get("what") == "encoder" or line["bench"] == "scale"
+        return str([line.get(key) for key in keys + ([] if both else ["backward"])])
 
     return [list(group) for _, group in groupby(lines, table_of)]
 

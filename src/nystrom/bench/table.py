@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nystrom.bench import error, memory, models, sentences, speed, steps, synthetic
+from nystrom.bench import error, memory, models, ranks, scale, sentences, speed, steps, synthetic
 from nystrom.bench.lines import Line, tables
 
 SUMMARY = {
@@ -17,6 +17,8 @@ SUMMARY = {
     "error": error.summary,
     "models": models.summary,
     "lra": steps.summary,
+    "scale": scale.summary,
+    "ranks": ranks.summary,
     "sts": sentences.summary_of_sts,
     "retrieval": sentences.summary_of_retrieval,
 }

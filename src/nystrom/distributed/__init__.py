@@ -1,5 +1,6 @@
 """Attention over sequences that several processes hold a stretch of each."""
 
+from nystrom.distributed.cost import traffic as traffic
 from nystrom.distributed.functional import (
     sequence_parallel_nystrom_attention as sequence_parallel_nystrom_attention,
 )

@@ -41,7 +41,7 @@ def agree(check: Callable[[], Mapping[str, int]], device: torch.device, group: G
     except ValueError as refused:
         found, error = {}, refused
     # A refusal has no numbers, so all send as many as can be: a length, then numbers, then zeros.
-    sent = torch.zeros(_MOST, dtype=torch.int64)
+    sent = torch.zeros(MOST, dtype=torch.int64)
     sent[: len(found) + 1] = torch.tensor([-1 if error else len(found), *found.values()])
     rows = gather(sent.to(device), group).tolist()
     if error is not None:
@@ -52,7 +52,8 @@ def agree(check: Callable[[], Mapping[str, int]], device: torch.device, group: G
     return [dict(zip(found, row[1:], strict=False)) for row in rows]
 
 
-_MOST = 24
+MOST = 24
+"""Numbers that ranks exchange before anything else (count)."""
 
 
 def same(found: list[dict[str, int]], names: Mapping[str, str]) -> None:
