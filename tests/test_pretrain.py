@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pytest
 import torch
@@ -173,6 +174,63 @@ def test_two_processes_train_one_model(corpus, tmp_path):
     metrics = metrics_of(tmp_path / "run")
     assert metrics["held_out"]["blocks"] == 6 and metrics["tokens"] == 2 * 4 * 2 * 64
     fill_mask.load(tmp_path / "run")
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def killed(process: subprocess.Popen, moment: Callable[[], bool], rank: str) -> None:
+    """Kill one of the processes that torchrun has started, at that moment."""
+    end = time.monotonic() + 200
+    while not moment() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert process.poll() is None and moment()
+    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == rank]
+    assert len(workers) == 1
+    workers[0].kill()
+
+
+def launch(corpus: Path, out: Path, *options: str, **settings) -> subprocess.Popen:
+    program = [*PROGRAM, "--data", str(corpus), *flags(**settings), "--out", str(out)]
+    command = [*LAUNCH, *options, "--monitor-interval", "0.2", "--no-python", *program]
+    # or torch's gloo looks for the processes that came before, at their addresses
+    environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+MANY = {**TINY, "steps": 60, "eval_steps": 20, "dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def by_two(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two") / "run"
+    process = launch(corpus, out, **MANY)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return out
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_begins_a_run_again_from_its_last_checkpoint(corpus, by_two, tmp_path, rank):
+    out = tmp_path / "run"
+    process = launch(corpus, out, "--max-restarts", "1", **MANY)
+    killed(process, (out / "checkpoint-20" / "complete").is_file, rank)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    abouts = [json.loads((folder / "run.json").read_text()) for folder in (out, by_two)]
+    assert [len(about.get("resumed", [])) for about in abouts] == [1, 0]
+    assert weights(out) == weights(by_two)
+    assert metrics_of(out)["steps"] == 60
+
+
+def test_a_rank_that_is_killed_stops_the_others_with_an_error(corpus, tmp_path):
+    process = launch(corpus, tmp_path / "run", **{**MANY, "steps": 100_000})
+    killed(process, (tmp_path / "run" / "checkpoint-20" / "complete").is_file, "1")
+    start = time.monotonic()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - start < 60
+    assert "exitcode" in told and "-9" in told and "local_rank: 1" in told
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_held_out_loss_is_a_mean_over_tokens(corpus, tmp_path):

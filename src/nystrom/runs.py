@@ -7,6 +7,7 @@ OUT/checkpoint-*/  to resume from; one without the file `complete` was cut off w
 """
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -61,6 +62,9 @@ def check_read(config: "DataclassInstance", needed: Mapping[str, str]) -> None:
 def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int = 0) -> None:
     """Never write over an earlier run, nor go on with one under other settings, nor start one that cannot be kept.
 
+    Where `torchrun --max-restarts` has started the processes again after one of them failed, the run that they began is
+    gone on with.
+
     Args:
         out: the run's folder.
         config: its settings; a resumed run keeps them.
@@ -73,6 +77,7 @@ def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int 
         ValueError: it had other settings; its run.json is damaged.
         OSError: out cannot be written, or the disk has no room.
     """
+    resume = resume or (restarted() and (out / "run.json").is_file())
     if resume:
         check_same(out, config)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -92,6 +97,11 @@ def check_out(out: Path, config: "DataclassInstance", resume: bool, needed: int 
             f"{out}: the run needs about {(needed - held) / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB "
             "left; make room or pass another --out"
         )
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def check_same(out: Path, config: "DataclassInstance") -> None:

@@ -178,7 +178,7 @@ def fit(config: Pretrain, trainer: "Trainer") -> dict[str, float]:
     """Train from the last whole checkpoint on, save the model, and return its scores on held-out text."""
     from nystrom.training import train_from
 
-    train_from(trainer, runs.resume_point(config.out) if config.resume else None)
+    train_from(trainer, runs.resume_point(config.out))
     trainer.save_model()
     found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     return {name: found[name] for name in SCORES if name in found}
