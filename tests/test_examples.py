@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ SIZES = {
 }
 
 
-def example(name: str, *arguments: str | Path, cwd: Path) -> str:
+def example(name: str, *arguments: object, cwd: Path, run: Sequence[object] = ()) -> str:
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        [sys.executable, *map(str, run), EXAMPLES / f"{name}.py", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -110,3 +111,17 @@ def test_pathology_bag(tmp_path):
     assert found and int(found[1]) > 50  # by chance 5
     without, within = (float(x) for x in re.findall(r"positive with ([\d.]+)%", said))
     assert without < within
+
+
+def test_sequence_parallel(tmp_path):
+    """However the processes share the work, the losses are those of one."""
+    (tmp_path / "text.txt").write_text("How much wood would a woodchuck chuck, if a woodchuck could chuck wood? " * 9)
+    losses = []
+    for processes, sequence in ((1, 1), (2, 2), (4, 2)):
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        flags = ["--text", "text.txt", "--sequence", sequence, "--length", 300, "--steps", 3, "--batch", 2]
+        said = example("sequence_parallel", *flags, cwd=tmp_path, run=run)
+        assert f"{2 * sequence // processes} x {300 // sequence} tokens a process" in said
+        losses.append([float(found) for found in re.findall(r"loss ([\d.]+),", said)])
+    assert losses[0][0] > losses[0][-1] and len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4) and losses[2] == pytest.approx(losses[0], abs=2e-4)
