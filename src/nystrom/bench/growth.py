@@ -27,7 +27,7 @@ class Growth:
     """Draw time and memory against length from kept JSON lines of scale; exact attention's time goes on dashed."""
 
     lines: Path
-    """A file that 'nystrom bench scale' appended to; of several runs the last is drawn."""
+    """A file that 'nystrom bench scale' appended to; of several runs of a part the last is drawn."""
     out: Path
     """PNG file to write; an earlier one is replaced."""
 
@@ -37,15 +37,17 @@ def run(config: Growth) -> None:
     lines = [line for line in read(config.lines) if line["bench"] == "scale"]
     if not lines:
         raise ValueError(f"{config.lines}: holds no line of scale; make some with: nystrom bench scale --out FILE")
-    lines = [line for line in lines if line["utc"] == lines[-1]["utc"]]
+    last = {line["part"]: line["utc"] for line in lines}
+    lines = [line for line in lines if line["utc"] == last[line["part"]]]
     parts = list(dict.fromkeys(line["part"] for line in lines))
+    lengths = sorted({line["n"] for line in lines})
     figure, places = plt.subplots(
         2, len(parts), figsize=(1 + 5 * len(parts), 7.6), sharex=True, squeeze=False, layout="constrained"
     )
     for column, part in enumerate(parts):
         own = [line for line in lines if line["part"] == part]
         for row, of in enumerate(AXES):
-            draw(places[row][column], own, of)
+            draw(places[row][column], own, of, lengths)
         places[0][column].set_title({"attention": "one attention", "block": "one block of an encoder, streamed"}[part])
         places[1][column].set_xlabel("length (tokens)")
     for row, (name, _) in enumerate(AXES.values()):
@@ -64,7 +66,7 @@ def run(config: Growth) -> None:
     print(f"Wrote {config.out}")
 
 
-def draw(axes: Axes, lines: list[Line], of: str) -> None:
+def draw(axes: Axes, lines: list[Line], of: str, lengths: list[int]) -> None:
     """A line for each method and direction, the slope at the end of ours."""
     unit = AXES[of][1]
     longest = max(line["n"] for line in lines)
@@ -80,9 +82,8 @@ def draw(axes: Axes, lines: list[Line], of: str) -> None:
             axes.plot([n, longest], [last, last * (longest / n) ** 2], label=name, **beyond)
         found = slope(own, of)
         if found is not None and method != "exact":
-            axes.annotate(f"slope {found:.2f}", points[-1], (-6, 8 if backward else -14), ha="right", **TEXT)
-    axes.set(xscale="log", yscale="log")
-    lengths = sorted({line["n"] for line in lines})
+            axes.annotate(f"slope {found:.2f}", points[-1], (7, 0), va="center", **TEXT)
+    axes.set(xscale="log", yscale="log", xlim=(0.8 * lengths[0], 3 * lengths[-1]))  # room for the slopes
     axes.set_xticks(lengths, [f"2$^{{{n.bit_length() - 1}}}$" if n & (n - 1) == 0 else str(n) for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator())
