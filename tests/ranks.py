@@ -31,16 +31,24 @@ class Ranks:
         """function(group, *args) on each of so many ranks; an exception comes back in the place of a result."""
         for pipe in self.pipes[:ranks]:
             pipe.send((function, args, ranks))
-        answers = [pipe.recv() for pipe in self.pipes[:ranks]]
+        answers = []
+        for pipe in self.pipes[:ranks]:
+            if not pipe.poll(120):
+                for process in self.processes:
+                    process.kill()
+                raise AssertionError(f"rank {len(answers)} does not answer")
+            answers.append(pipe.recv())
         crashed = [told for result, told in answers if told and not isinstance(result, ValueError)]
         assert not crashed, crashed[0]
         return [result for result, _ in answers]
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
         for process in self.processes:
             process.join(20)
+            process.kill()
 
 
 def _work(rank, most, meeting, pipe, checked) -> None:
