@@ -33,7 +33,7 @@ Mask = Bool[Tensor, "b _"] | None
 def stream_blocks(model: Model, chunk: int = 16384) -> Model:
     """Let every `Block` in a model work on so many tokens at a time, forward and backward.
 
-    Outputs and gradients stay the same up to rounding. Time O(n) as before, about 1.5 times as much: projections are
+    Outputs and gradients stay the same up to rounding. Time O(n) as before, but more of it: projections are
     made twice, and once more in the backward pass. Memory beyond a block's input, output and their gradients is that of
     a chunk. Parameters, their names and the state dict stay as they are.
 
