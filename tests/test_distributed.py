@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import nystrom.hf as hf
 from nystrom import (
     EncoderConfig,
     MaskedLM,
@@ -24,6 +25,7 @@ from nystrom.distributed import (
     split_sequence,
     traffic,
 )
+from nystrom.streaming import stream_blocks
 from ranks import Ranks
 
 ALONE = {
@@ -288,10 +290,22 @@ def test_what_cannot_be_split_says_why():
 
 
 @pytest.mark.unhooked
+def test_a_model_is_streamed_or_split_but_not_both(ranks):
+    with pytest.raises(ValueError, match="blocks are streamed already; they cannot be split over ranks as well"):
+        split_sequence(stream_blocks(make("mean", "nystrom")))
+    for said in ranks.run(stream_too, ranks=2):
+        assert "sequence is split over ranks already; it cannot be streamed as well" in said
+
+
+def stream_too(group):
+    try:
+        return str(stream_blocks(split_sequence(make("mean", "nystrom"), group)))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.unhooked
 def test_heads_of_transformers_are_refused():
-    transformers = pytest.importorskip("transformers")
-    hf = pytest.importorskip("nystrom.hf")
-    assert transformers
     config = hf.NystromformerConfig(vocab_size=11, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"split the encoder in it .*: got NystromformerForMaskedLM"):
         split_sequence(hf.NystromformerForMaskedLM(config))

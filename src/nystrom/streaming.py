@@ -46,7 +46,7 @@ def stream_blocks(model: Model, chunk: int = 16384) -> Model:
 
     Raises:
         ValueError: no `Block` in the model; chunk below 1, or below the convolution's width; a kind of attention other
-            than "nystrom", or landmarks other than segment means.
+            than "nystrom", or landmarks other than segment means; the model went through `split_sequence`.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
@@ -55,6 +55,8 @@ def stream_blocks(model: Model, chunk: int = 16384) -> Model:
         raise ValueError(f"chunk must be at least 1: got {chunk}")
     for block in blocks:
         attention = block.attention
+        if "forward" in vars(attention):
+            raise ValueError("the model's sequence is split over ranks already; it cannot be streamed as well")
         if attention.kind != "nystrom" or attention.landmarks != "segment_means":
             raise ValueError(
                 "only kind 'nystrom' with landmarks 'segment_means' can be streamed: "

@@ -13,7 +13,7 @@ from nystrom.convolution import TokenConvolution
 from nystrom.distributed.exchange import Group, edges, gather, total
 from nystrom.distributed.functional import sequence_parallel_nystrom_attention
 from nystrom.distributed.spectral import sequence_parallel_spectral_shift_attention
-from nystrom.encoder import Embeddings, MaskedLM, MaskedLMOutput, SequenceClassifier
+from nystrom.encoder import Block, Embeddings, MaskedLM, MaskedLMOutput, SequenceClassifier
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def split_sequence(model: Model, group: Group = None) -> Model:
 
     Raises:
         ValueError: nothing in it attends as `NystromAttention`; its attention cannot be split: kinds "softmax" and
-            "residual", and landmarks other than segment means.
+            "residual", and landmarks other than segment means; it went through `stream_blocks`.
     """
     attentions = [module for module in model.modules() if isinstance(module, NystromAttention)]
     if not attentions:
@@ -49,6 +49,8 @@ def split_sequence(model: Model, group: Group = None) -> Model:
             "of a transformers model split the encoder in it (model.nystromformer.encoder), whose states are those of "
             f"this rank's tokens; the heads would take them for all: got {type(model).__name__}"
         )
+    if any(isinstance(module, Block) and "forward" in vars(module) for module in model.modules()):
+        raise ValueError("the model's blocks are streamed already; they cannot be split over ranks as well")
     for attention in attentions:
         _check(attention)
     for module in model.modules():
