@@ -241,6 +241,8 @@ def test_a_budget_ends_the_run_and_has_its_looks(config):
     assert 6 <= len(looks) <= 8 and looks[-1]["step"] == found["steps"]  # two may fall on one step
     short = lra.train(replace(config, budget=5.0, eval_steps=None, out=config.out / "short"))
     assert short["steps"] == 12 and sum("eval_score" in entry for entry in short["curve"]) >= 1  # steps came first
+    spent = lra.train(replace(config, budget=1e-6, eval_steps=None, out=config.out / "spent"))
+    assert spent["steps"] == 1 and sum("eval_score" in entry for entry in spent["curve"]) == 1
 
 
 def test_the_presets_differ_as_they_say(config, tmp_path, monkeypatch):

@@ -56,12 +56,15 @@ class Budget(TrainerCallback):
 
     def __init__(self, seconds: float, elapsed: Callable[[], float]) -> None:
         self.seconds, self.elapsed = seconds, elapsed
-        self._looks: int | None = None
+        self._looks = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._looks = min(int(self.elapsed() / self.seconds * LOOKS), LOOKS)  # those before a resume
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         over = 1.0 if state.global_step >= state.max_steps else self.elapsed() / self.seconds
         before, self._looks = self._looks, min(int(over * LOOKS), LOOKS)
-        if before is not None and self._looks > before:
+        if self._looks > before:
             control.should_evaluate = control.should_save = True
         if over >= 1:
             control.should_training_stop = True
