@@ -24,6 +24,7 @@ from nystrom.lra.tasks import PUBLISHED, TASKS
 from nystrom.presets import READ_BY
 from nystrom.recipes import lra
 from nystrom.recipes.lra import ListOps, Retrieval, Text
+from nystrom.training import LengthGrouped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -213,7 +214,7 @@ def test_the_best_model_on_the_dev_set_is_scored_once(config):
 def test_a_seed_repeats_and_a_killed_run_ends_where_it_would_have(config, tmp_path):
     arguments = ["lra", "listops", "--data", str(config.data), "--num-landmarks", "8", "--seed", "3"]
     arguments += [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    arguments += ["--steps", "40", "--eval-steps", "10", "--no-group-lengths"]
+    arguments += ["--steps", "40", "--eval-steps", "10", "--group-lengths", "False"]
     program = [sys.executable, "-c", "from nystrom.cli import main; main()", *arguments, "--out", str(config.out)]
     with open(tmp_path / "log", "w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -255,6 +256,10 @@ def test_the_presets_differ_as_they_say(config, tmp_path, monkeypatch):
         batch = trainer.data_collator([{"input_ids": np.array([0, 5]), "labels": 0}])
         assert ("attn_mask" in batch) == padding  # a black pixel, or none to be masked
         assert isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.OneCycleLR) == (preset == "paper")
+        assert isinstance(trainer._get_train_sampler(), LengthGrouped) == (preset == "clean")
+        chosen = replace(chosen, group_lengths=preset == "paper")  # said, it goes before the preset
+        trainer = lra.build_trainer(chosen, task, lra.read(chosen, TASKS["listops"]), made)
+        assert isinstance(trainer._get_train_sampler(), LengthGrouped) == (preset == "paper")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +356,7 @@ def test_runs_of_other_settings_do_not_hide_each_other_in_the_table(tmp_path, ca
 
 
 def test_runs_that_cannot_be_compared_are_named_under_the_table(tmp_path, capsys):
-    made(tmp_path / "a", "softmax", steps=5000)
-    made(tmp_path / "b", steps=5000, lr=1e-3)
+    made(tmp_path / "a", "softmax", steps=5000, cache="here")
+    made(tmp_path / "b", steps=5000, lr=1e-3, cache="elsewhere")  # no setting
     cli.run(["lra", "table", str(tmp_path)])
     assert "Not made alike:\n\n- nystrom, ListOps: lr 0.001, not 0.0001" in capsys.readouterr().out

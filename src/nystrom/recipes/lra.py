@@ -7,7 +7,8 @@
 "paper" is the protocol of Nyströmformer's authors: their model, parameter for parameter, AdamW with one cycle of the
 learning rate (and of beta1), the best checkpoint on the dev set scored once on the test set, black pixels taken for
 padding, the mean taken over all places, text's dev set its test set, the test set's last short batch left out. "clean"
-mends the last four and beta1. OUT holds run.json, metrics.json, curve.png, checkpoints to resume from, the best model.
+mends the last four and beta1, and puts examples of about one length into a batch. OUT holds run.json, metrics.json,
+curve.png, checkpoints to resume from, the best model.
 """
 
 import math
@@ -72,8 +73,9 @@ class Lra:
     """Batches per optimiser step (count)."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
-    group_lengths: bool = True
-    """Batches of examples of about one length: less padding, which no attention here reads, and so less time."""
+    group_lengths: bool | None = None
+    """Batches of examples of about one length: less padding, which no attention here reads, and so less time. Default:
+    with clean alone; the authors' batches are drawn from all lengths."""
     eval_steps: int | None = None
     """Steps between looks at the dev set. Default: the authors'; with --budget, eight looks."""
     dev_examples: int | None = None
@@ -278,6 +280,7 @@ def build_trainer(config: Lra, task: Task, found: Splits, model: LraClassifier) 
     from nystrom.training import Checkpoints, Clock, GroupedTrainer, clock, show_progress
 
     steps, paper = config.steps or task.steps, config.preset == "paper"
+    group = not paper if config.group_lengths is None else config.group_lengths
     looks = 10**9 if config.budget is not None else config.eval_steps or min(task.eval_steps, steps)
     arguments = TrainingArguments(
         output_dir=str(config.out),
@@ -311,7 +314,7 @@ def build_trainer(config: Lra, task: Task, found: Splits, model: LraClassifier) 
 
     budget = [] if config.budget is None else [protocol.Budget(60 * config.budget, elapsed)]
     trainer = GroupedTrainer(
-        lengths=found.train.lengths() if config.group_lengths else None,
+        lengths=found.train.lengths() if group else None,
         model=model,
         args=arguments,
         train_dataset=cast(Any, found.train),

@@ -11,7 +11,7 @@ from nystrom.runs import COMPLETE, read_json, spread
 
 OF_ATTENTION = set.union(*READ_BY.values())
 NOT_COMPARED = {"attention", "seed", "seeds", "task"}
-NOT_COMPARED |= {"out", "resume", "dry_run", "checkpoint_steps", "eval_steps", "predict"}  # no score depends on them
+NOT_COMPARED |= {"out", "resume", "cache", "dry_run", "checkpoint_steps", "eval_steps", "predict"}  # not for scores
 
 
 class Run(NamedTuple):
