@@ -552,6 +552,40 @@ def test_two_processes_train_one_model(bert, data, tmp_path):
     assert len(list((tmp_path / "run").rglob("events.out.tfevents.*"))) == 2
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(data, tmp_path):
+    """With as many examples a step, launched by accelerate."""
+    torch.manual_seed(0)
+    still = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertForMaskedLM(still).save_pretrained(tmp_path / "bert")
+    words_only().save_pretrained(tmp_path / "bert")
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--no_python"]
+    program = [sys.executable, "-c", "from nystrom.cli import main; main()", "finetune", "glue", "--task", "cola"]
+    program += [
+        "--model",
+        "bert",
+        "--data",
+        data,
+        *FLAGS,
+        "--batch-size",
+        "4",
+        "--attention",
+        "nystrom",
+        "--out",
+        "two",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    chosen = {**FAST, "attention": "nystrom", "batch_size": 8}
+    finetune.train(Glue(task="cola", model=str(tmp_path / "bert"), data=data, out=tmp_path / "one", **chosen))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    curves = [[entry["loss"] for entry in found["curve"] if "loss" in entry] for found in (one, two)]
+    assert one["steps"] == two["steps"] and curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert two["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=1e-3)
+
+
 # What is refused, before anything is written
 
 

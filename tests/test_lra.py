@@ -235,6 +235,29 @@ def test_a_seed_repeats_and_a_killed_run_ends_where_it_would_have(config, tmp_pa
     assert curves[0] == curves[1]
 
 
+@pytest.mark.parametrize("preset", ["paper", "clean"])
+def test_two_processes_learn_what_one_does(config, tmp_path, monkeypatch, preset):
+    """With as many examples a step, launched by torchrun."""
+    still = "import torch; torch.nn.Dropout.forward = lambda self, x: x; "
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    arguments = ["lra", "listops", "--data", str(config.data), "--num-landmarks", "8", "--preset", preset]
+    arguments += [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments += ["--lr", "0.01", "--steps", "7", "--out", str(config.out)]  # to the end of an epoch, which is short
+    program = [sys.executable, "-c", still + "from nystrom.cli import main; main()", *arguments, "--batch-size", "4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    one = lra.train(replace(config, preset=preset, lr=0.01, steps=7, out=tmp_path / "one"))
+    two = metrics(config.out)
+    assert one["examples"] == two["examples"] and one["steps"] == two["steps"] == 7
+    assert two["examples_per_second"] == pytest.approx(7 * 8 / two["seconds"])
+    for name in ("loss", "eval_loss"):
+        curves = [[entry[name] for entry in found["curve"] if name in entry] for found in (one, two)]
+        assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
 def test_a_budget_ends_the_run_and_has_its_looks(config):
     found = lra.train(replace(config, budget=0.05, eval_steps=None, steps=None))
     assert 3 <= found["seconds"] < 6 and found["steps"] < 5000

@@ -176,6 +176,22 @@ def test_two_processes_train_one_model(corpus, tmp_path):
     fill_mask.load(tmp_path / "run")
 
 
+def test_two_processes_learn_what_one_does(corpus, tmp_path):
+    """With as many blocks a step, launched by accelerate. Each reads its own part of the corpus, so they are others."""
+    settings = {**TINY, "dropout": 0.0, "lr": 0.01, "steps": 8}
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--no_python"]
+    command = [*launch, *PROGRAM, "--data", str(corpus), "--out", "run", *flags(**settings)]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    train(Pretrain(data=(corpus,), out=tmp_path / "one", **{**settings, "batch_size": 4}))
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "run")
+    assert one["tokens"] == two["tokens"]
+    curves = [[entry["loss"] for entry in found["curve"] if "loss" in entry] for found in (one, two)]
+    assert curves[1] == pytest.approx(curves[0], rel=0.02) and curves[0][-1] < 0.9 * curves[0][0]
+    assert two["held_out"]["loss_nats"] == pytest.approx(one["held_out"]["loss_nats"], rel=0.02)
+
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -154,7 +154,8 @@ class GroupedTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._order = None
         if lengths is not None:
-            self._order = LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
+            # over all processes, which then wait less for each other, and see at a step what one would
+            self._order = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
             self.add_callback(_Epochs(self._order))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -220,9 +220,16 @@ def read(config: Lra, task: Task) -> Splits:
             raise TypeError(f"not a task: {type(config).__name__}")
     found = found.limited(config.dev_examples, config.test_examples)
     if paper:  # its loader drops the last short batch
-        batch = config.batch_size or task.batch_size
+        batch = batch_of(config, task)
         found = found._replace(test=found.test.pick(range(len(found.test) // batch * batch)))
     return found
+
+
+def batch_of(config: Lra, task: Task) -> int:
+    """Examples that all processes take at once (count)."""
+    from accelerate import PartialState
+
+    return (config.batch_size or task.batch_size) * PartialState().num_processes
 
 
 def build_model(config: Lra, task: Task, settings: dict[str, int]) -> LraClassifier:
@@ -245,7 +252,7 @@ def fit(config: Lra, task: Task, found: Splits, model: LraClassifier, settings: 
     answer = cast(dict[str, float], trainer.predict(cast(Any, found.test)).metrics)
     seconds, steps = clock(trainer).seconds, trainer.state.global_step
     curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry]
-    batch = (config.batch_size or task.batch_size) * config.gradient_accumulation
+    batch = batch_of(config, task) * config.gradient_accumulation
     scores = {"accuracy": answer["test_score"], "loss": answer["test_loss"]}
     scores["dev_accuracy"] = max(entry["eval_score"] for entry in curve if "eval_score" in entry)
     metrics = {
