@@ -114,14 +114,23 @@ def test_pathology_bag(tmp_path):
 
 
 def test_sequence_parallel(tmp_path):
-    """However the processes share the work, the losses are those of one."""
+    """However the processes share the work and the model, the losses are those of one."""
     (tmp_path / "text.txt").write_text("How much wood would a woodchuck chuck, if a woodchuck could chuck wood? " * 9)
-    losses = []
-    for processes, sequence in ((1, 1), (2, 2), (4, 2)):
+
+    def losses(processes, sequence, steps, *more):
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        flags = ["--text", "text.txt", "--sequence", sequence, "--length", 300, "--steps", 3, "--batch", 2]
-        said = example("sequence_parallel", *flags, cwd=tmp_path, run=run)
+        flags = ["--text", "text.txt", "--sequence", sequence, "--length", 300, "--steps", steps, "--batch", 2]
+        said = example("sequence_parallel", *flags, *more, cwd=tmp_path, run=run)
         assert f"{2 * sequence // processes} x {300 // sequence} tokens a process" in said
-        losses.append([float(found) for found in re.findall(r"loss ([\d.]+),", said)])
-    assert losses[0][0] > losses[0][-1] and len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], abs=2e-4) and losses[2] == pytest.approx(losses[0], abs=2e-4)
+        return [float(found) for found in re.findall(r"loss ([\d.]+),", said)]
+
+    alone = losses(1, 1, 4)
+    assert alone[0] > alone[-1] and len(alone) == 4
+    assert losses(2, 2, 4) == pytest.approx(alone, abs=2e-4)
+    kept = "--checkpoint", "kept"
+    assert losses(2, 2, 2, "--shard", *kept) == pytest.approx(alone[:2], abs=2e-4)
+    assert len(list((tmp_path / "kept" / "step-2").glob("*.distcp"))) == 2  # a part of each process
+    (tmp_path / "kept" / "step-9").mkdir()
+    (tmp_path / "kept" / "step-9" / "__0_0.distcp").write_bytes(b"half")  # written by one that was killed
+    assert losses(4, 2, 3, "--shard", *kept) == pytest.approx(alone[2:3], abs=2e-4)
+    assert losses(1, 1, 4, *kept) == pytest.approx(alone[3:], abs=2e-4)
