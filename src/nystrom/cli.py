@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> None:
         growth,
         memory,
         models,
+        plan,
         plot,
         ranks,
         scale,
@@ -106,6 +107,7 @@ def run(arguments: list[str]) -> None:
         | Annotated[report.Report, subcommand("report")]
         | Annotated[inspection.Inspect, subcommand("inspect")]
         | Annotated[convert.Convert, subcommand("convert")]
+        | Annotated[plan.Plan, subcommand("plan")]
         | Annotated[Bench, subcommand("bench")],
         prog=PROGRAM,
         description=ABOUT,
@@ -130,6 +132,8 @@ def run(arguments: list[str]) -> None:
             inspection.run(command)
         case convert.Convert():
             convert.run(command)
+        case plan.Plan():
+            plan.run(command)
         case Bench(speed.Speed() as config):
             speed.run(config)
         case Bench(memory.Memory() as config):

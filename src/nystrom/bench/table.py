@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nystrom.bench import error, memory, models, ranks, scale, sentences, speed, steps, synthetic
+from nystrom.bench import error, memory, models, plan, ranks, scale, sentences, speed, steps, synthetic
 from nystrom.bench.lines import Line, tables
 
 SUMMARY = {
@@ -19,6 +19,7 @@ SUMMARY = {
     "lra": steps.summary,
     "scale": scale.summary,
     "ranks": ranks.summary,
+    "plan": plan.summary,
     "sts": sentences.summary_of_sts,
     "retrieval": sentences.summary_of_retrieval,
 }
