@@ -27,9 +27,10 @@ def law(step: Step) -> Cost:
 def test_lines_are_continued_to_any_size(monkeypatch, changed):
     made: list[Step] = []
 
-    def launch(step: Step) -> list[Cost]:
+    def launch(step: Step, copies: int, part: float) -> list[Cost]:
+        assert part == min(1, step.chunk / config.chunk if step.chunk else step.n / config.length)
         made.append(step)
-        return [law(step)]
+        return [law(step)] * copies
 
     monkeypatch.setattr(plan, "launch", launch)
     config = Plan(**{"length": 1e6, "layers": 12, **SMALL, **changed})
@@ -43,8 +44,8 @@ def test_lines_are_continued_to_any_size(monkeypatch, changed):
 
 
 def test_ranks_hold_a_stretch_and_their_gradients_twice(monkeypatch):
-    monkeypatch.setattr(plan, "launch", lambda step: [law(step)])
-    config = Plan(length=1e6 + 1, layers=3, ranks=8, bandwidth=1.0, **SMALL)
+    monkeypatch.setattr(plan, "launch", lambda step, copies, part: [law(step), law(step)._replace(seconds=0)])
+    config = Plan(length=1e6 + 1, layers=3, ranks=8, ranks_per_host=2, bandwidth=1.0, **SMALL)
     line, step = plan.plan(config), plan.of(config)
     truth = law(replace(step, n=125_001))
     assert line["stretch"] == 125_001 and line["bytes_sent"] == plan.bytes_sent(step) > 3 * GRADIENTS
@@ -55,7 +56,20 @@ def test_ranks_hold_a_stretch_and_their_gradients_twice(monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--length", "8193", "--layers", "3", "--ranks", "2", "--kind", "shift", "--batch", "2"],
+        [
+            "--length",
+            "8193",
+            "--layers",
+            "3",
+            "--ranks",
+            "2",
+            "--kind",
+            "shift",
+            "--batch",
+            "2",
+            "--ranks-per-host",
+            "2",
+        ],
         ["--length", "32768", "--layers", "3", "--chunk", "1024", "--conv-kernel-size", "0"],
         ["--length", "16384", "--layers", "2", "--no-train"],
     ],
@@ -78,7 +92,7 @@ def test_the_prediction_is_what_a_step_then_needs(tmp_path, capsys, monkeypatch,
 
 
 def test_a_machine_too_small_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "launch", lambda step: [law(step)])
+    monkeypatch.setattr(plan, "launch", lambda step, copies, part: [law(step)])
     for given, advised in (({}, "try --chunk 16384, or more ranks"), ({"chunk": 4096}, "try more ranks")):
         plan.run(Plan(length=1e12, **SMALL, **given))
         assert advised in capsys.readouterr().out
@@ -92,6 +106,7 @@ def test_a_machine_too_small_is_said(monkeypatch, capsys):
         (dict(length=1.5), "length must be a whole number of tokens, at least 1: got 1.5"),
         (dict(length=0), "length must be a whole number of tokens, at least 1: got 0"),
         (dict(length=4, ranks=5), "ranks must be at most the length 4: got 5"),
+        (dict(length=64, ranks=2, ranks_per_host=3), "ranks_per_host must be at most ranks 2: got 3"),
         (dict(length=64, ranks=2, chunk=32), "streamed on one rank alone: got chunk 32 and ranks 2"),
         (dict(length=64, chunk=8), "chunk must be at least the convolution's width: got 8 and 33"),
         (dict(length=64, chunk=64, kind="shift"), "only kind 'nystrom' .* can be streamed"),
@@ -102,7 +117,7 @@ def test_a_machine_too_small_is_said(monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch, given, message):
-    monkeypatch.setattr(plan, "launch", lambda step: pytest.fail("it measured"))
+    monkeypatch.setattr(plan, "launch", lambda step, copies, part: pytest.fail("it measured"))
     out = tmp_path / "plan.jsonl"
     with pytest.raises(ValueError, match=message):
         plan.run(Plan(**{**SMALL, **given, "out": out}))
@@ -116,7 +131,7 @@ def test_a_failed_process_is_told(tmp_path):
 
 
 def test_a_line_has_all_that_it_stands_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "launch", lambda step: [law(step)])
+    monkeypatch.setattr(plan, "launch", lambda step, copies, part: [law(step)])
     plan.run(Plan(length=1e6, out=tmp_path / "plan.jsonl", **SMALL))
     line = json.loads((tmp_path / "plan.jsonl").read_text())
     small = line["small"]

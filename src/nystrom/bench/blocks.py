@@ -23,6 +23,8 @@ from nystrom.streaming import stream_blocks
 
 WARM = 128
 """Tokens of the first steps, which load the kernels and their thread pools."""
+MAPPED = 2**25
+"""Bytes from which on glibc gives a tensor memory of its own, and back to the system afterwards."""
 CALLS, SECONDS = 3, 4.0
 """Steps that are timed in a process; one alone where it takes longer than that."""
 
@@ -89,12 +91,21 @@ def blocks(step: Step) -> nn.Sequential:
     return made if step.chunk is None else stream_blocks(made, step.chunk)
 
 
-def launch(step: Step) -> list[Cost]:
+def launch(step: Step, copies: int = 1, part: float = 1.0) -> list[Cost]:
     """What each rank needs.
+
+    Args:
+        step: what is done.
+        copies: as often at once, of a step on one rank: what processes take from each other on one machine (count).
+        part: what part this is of the step that it stands for: memory is then treated as that one's is.
 
     Raises:
         RuntimeError: a process failed, or was killed for want of memory.
     """
+    environment = os.environ | {"OMP_NUM_THREADS": str(step.threads)}
+    if part < 1:  # larger tensors come fresh from the system: that takes time, and leaves no holes where they were
+        least = round(MAPPED * part)
+        environment = {"MALLOC_MMAP_THRESHOLD_": f"{least}", "MALLOC_TRIM_THRESHOLD_": f"{2 * least}"} | environment
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(
@@ -106,12 +117,12 @@ def launch(step: Step) -> list[Cost]:
                     str(rank),
                     f"{folder}/meeting",
                 ],
-                env=os.environ | {"OMP_NUM_THREADS": str(step.threads)},
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(step.ranks)
+            for rank in range(max(step.ranks, copies))
         ]
         told = [process.communicate() for process in processes]
     for process, (_, errors) in zip(processes, told, strict=True):

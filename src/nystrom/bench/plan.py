@@ -56,6 +56,8 @@ class Plan:
     """Sequences at a time (count)."""
     train: bool = True
     """Forward, backward and gradients averaged over the ranks; else forward alone."""
+    ranks_per_host: int = 1
+    """Ranks that share a machine, and take memory bandwidth from each other (count)."""
     bandwidth: float = 10.0
     """Of the network between the ranks (Gbit/s)."""
     threads: int = torch.get_num_threads()
@@ -89,12 +91,14 @@ def run(config: Plan) -> list[Line]:
 
 def check(config: Plan) -> None:
     """Raise ValueError for what cannot be planned."""
-    sizes = ("layers", "ranks", "embed_dim", "heads", "num_landmarks", "batch", "threads")
+    sizes = ("layers", "ranks", "ranks_per_host", "embed_dim", "heads", "num_landmarks", "batch", "threads")
     check_sizes(**{name: getattr(config, name) for name in sizes})
     if config.length < 1 or not float(config.length).is_integer():
         raise ValueError(f"length must be a whole number of tokens, at least 1: got {config.length}")
     if config.ranks > config.length:
         raise ValueError(f"ranks must be at most the length {config.length:.0f}: got {config.ranks}")
+    if config.ranks_per_host > config.ranks:
+        raise ValueError(f"ranks_per_host must be at most ranks {config.ranks}: got {config.ranks_per_host}")
     if config.chunk is not None and config.ranks > 1:
         raise ValueError(f"blocks are streamed on one rank alone: got chunk {config.chunk} and ranks {config.ranks}")
     if not config.bandwidth > 0:
@@ -117,7 +121,7 @@ def plan(config: Plan) -> Line:
     """The prediction, what it stands on, and the truth where it was asked for."""
     wanted = of(config)
     stretch = -(-wanted.n // wanted.ranks)
-    small = measure_small(wanted, stretch)
+    small = measure_small(wanted, stretch, config.ranks_per_host)
     cost = predict(wanted, stretch, small, config.bandwidth)
     before = STATE[wanted.train] * wanted.layers * parameters(wanted) + 4 * wanted.batch * stretch * wanted.embed_dim
     line: Line = {
@@ -128,19 +132,24 @@ def plan(config: Plan) -> Line:
         "memory_in_all": before + cost.memory,
         "small": [{**{k: getattr(s, k) for k in ("n", "layers", "chunk")}, **c._asdict()} for s, c in small],
         "bandwidth": config.bandwidth,
+        "ranks_per_host": config.ranks_per_host,
         **{k: v for k, v in asdict(wanted).items() if k not in ("n", "kind")},
     }
     if config.measure:
-        ranks = launch(wanted)
-        line["measured"] = {name: max(getattr(one, name) for one in ranks) for name in Cost._fields}
+        line["measured"] = largest(launch(wanted))._asdict()
     return line
 
 
-def measure_small(wanted: Step, stretch: int) -> list[Small]:
+def largest(costs: list[Cost]) -> Cost:
+    """Of several ranks: what the slowest takes, and what the one with the most holds and sends."""
+    return Cost(*(max(values) for values in zip(*costs, strict=True)))
+
+
+def measure_small(wanted: Step, stretch: int, at_once: int) -> list[Small]:
     """One block of some length, one of twice as many tokens, and two of those: as long as takes seconds.
 
     A chunk and a length of a part of the size need that part of time and memory. So streamed blocks are measured with
-    small chunks, but with so many that another one adds its own cost alone.
+    small chunks, but with so many that another one adds its own cost alone. Each is made so many times at once.
     """
     chunk, scale = scaled(wanted)
     most = max(1, int(scale * stretch) // 2)
@@ -148,7 +157,7 @@ def measure_small(wanted: Step, stretch: int) -> list[Small]:
 
     def small(n: int, layers: int) -> Small:
         step = replace(wanted, n=n, layers=layers, ranks=1, chunk=chunk)
-        return Small(step, launch(step)[0])
+        return Small(step, largest(launch(step, at_once, min(1.0, n / stretch if chunk is None else scale))))
 
     of_one = [small(n, 1), small(2 * n, 1)]
     while 2 * of_one[-1].step.n <= most and of_one[-1].cost.seconds < LONG:
