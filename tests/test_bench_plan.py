@@ -1,6 +1,5 @@
 """`nystrom plan`: its arithmetic on costs that are known, and its predictions against steps that are made."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,7 +132,11 @@ def test_a_failed_process_is_told(tmp_path):
 def test_a_line_has_all_that_it_stands_on(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "launch", lambda step, copies, part: [law(step)])
     plan.run(Plan(length=1e6, out=tmp_path / "plan.jsonl", **SMALL))
-    line = json.loads((tmp_path / "plan.jsonl").read_text())
+    plan.run(Plan(length=2e6, layers=2, out=tmp_path / "plan.jsonl", **SMALL))
+    lines = table.read(tmp_path / "plan.jsonl")
+    lines[1]["utc"] = "later"
+    assert table.markdown(lines).count("**") == 2  # one table, whenever they were made
+    line = lines[0]
     small = line["small"]
     assert [one["layers"] for one in small] == [1, 1, 2] and small[1]["n"] == small[2]["n"] == 2 * small[0]["n"]
     assert line["bench"] == "plan" and line["threads"] == 1 and "environment" in line and "measured" not in line

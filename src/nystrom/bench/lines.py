@@ -36,9 +36,13 @@ RUN = ("bench", "utc", "what", "layout")
 
 
 def tables(lines: Iterable[Line]) -> list[list[Line]]:
-    """Cut lines into tables: forward and backward make two, but of encoders and scale; each length of errors one."""
+    """Cut lines into tables: forward and backward make two, but of encoders and scale; each length of errors one; plans
+    of one width lie in one, whenever they were made."""
 
     def table_of(line: Line) -> str:
+        if line["bench"] == "plan":
+            sizes = [line[key] for key in ("method", "embed_dim", "heads", "num_landmarks", "batch", "threads")]
+            return str([*sizes, line["environment"]["commit"]])
         keys = [*RUN, *(["n"] if line["bench"] in ("synthetic", "error") else [])]
         both = line.get("what") == "encoder" or line["bench"] == "scale"
         return str([line.get(key) for key in keys + ([] if both else ["backward"])])

@@ -20,7 +20,7 @@ from nystrom.distributed import traffic
 
 FIRST = 2048
 """Tokens of the shortest block that is measured, if none is streamed."""
-CHUNK, CHUNKS = 512, 32
+CHUNK, CHUNKS = 2048, 8
 """Tokens at a time of streamed blocks that are measured, and how many chunks the shortest has."""
 LONG = 4.0
 """Seconds of a step after which no longer one is measured."""
