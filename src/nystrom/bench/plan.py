@@ -3,12 +3,13 @@
 nystrom plan --length 1e6 --layers 12 --ranks 8
 nystrom plan --length 262144 --layers 2 --chunk 16384 --measure --out plan.jsonl
 
-Time and memory of linear attention are lines in the length and in the number of blocks. They are drawn through blocks
-of two lengths, and through one block and two, each measured in a fresh process. Traffic is counted by formula.
+Time of linear attention is in proportion to the length and to the number of blocks; memory lies on lines, which are drawn
+through one block of two lengths and two of the longer, each measured in a fresh process. Traffic is counted by formula.
 """
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ def scaled(wanted: Step) -> tuple[int | None, float]:
 
 
 def predict(wanted: Step, stretch: int, small: list[Small], bandwidth: float) -> Cost:
-    """Lines through the measurements, at this stretch and this many blocks.
+    """What the measurements come to at this stretch and this many blocks: time in proportion, memory on lines.
 
     Args:
         wanted: the step.
@@ -185,8 +186,8 @@ def predict(wanted: Step, stretch: int, small: list[Small], bandwidth: float) ->
     (short, at_short), (long, at_long), (_, at_two) = small
     scale = scaled(wanted)[1]
     n, gradients = scale * stretch, 4 * parameters(wanted) if wanted.train else 0
-    per_token = (at_long.seconds - at_short.seconds) / (long.n - short.n)
-    seconds = wanted.layers * (at_long.seconds + (n - long.n) * per_token) / scale
+    rate = median(cost.seconds / (step.n * step.layers) for step, cost in small)  # one of three may be disturbed
+    seconds = wanted.layers * n * rate / scale
     slope = (at_long.memory - at_short.memory) / (long.n - short.n)
     another = (at_two.memory - at_long.memory - gradients) / long.n  # block; bytes per token
     memory = at_long.memory - gradients + (n - long.n) * slope + (wanted.layers - 1) * n * another
