@@ -3,8 +3,8 @@
 nystrom plan --length 1e6 --layers 12 --ranks 8
 nystrom plan --length 262144 --layers 2 --chunk 16384 --measure --out plan.jsonl
 
-Time of linear attention is in proportion to the length and to the number of blocks; memory lies on lines, which are drawn
-through one block of two lengths and two of the longer, each measured in a fresh process. Traffic is counted by formula.
+Time of linear attention is in proportion to the length and to the number of blocks; memory lies on lines, drawn through
+one block of two lengths and two of the longer, each measured in a fresh process. Traffic is counted by formula.
 """
 
 from dataclasses import asdict, dataclass, replace
