@@ -70,7 +70,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if dist.get_rank() == 0:
             print(f"step {step + 1}: loss {mean:.4f}, {ids.shape[0]} x {ids.shape[1]} tokens a process", flush=True)
-    if given.checkpoint is not None:
+    if given.checkpoint is not None and done < given.steps:
         save(model, optimizer, given.checkpoint / f"step-{given.steps}")
     dist.destroy_process_group()
 

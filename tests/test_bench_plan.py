@@ -110,6 +110,7 @@ def test_a_machine_too_small_is_said(monkeypatch, capsys):
         (dict(length=64, chunk=8), "chunk must be at least the convolution's width: got 8 and 33"),
         (dict(length=64, chunk=64, kind="shift"), "only kind 'nystrom' .* can be streamed"),
         (dict(length=64, bandwidth=0.0), "bandwidth must be positive: got 0"),
+        (dict(length=64, ffn_dim=0), "ffn_dim must be at least 1: got 0"),
         (dict(length=64, layers=0), "layers must be at least 1: got 0"),
         (dict(length=64, heads=3), "3"),
         (dict(length=64, conv_kernel_size=4), "odd"),

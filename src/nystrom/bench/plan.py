@@ -94,6 +94,8 @@ def check(config: Plan) -> None:
     """Raise ValueError for what cannot be planned."""
     sizes = ("layers", "ranks", "ranks_per_host", "embed_dim", "heads", "num_landmarks", "batch", "threads")
     check_sizes(**{name: getattr(config, name) for name in sizes})
+    if config.ffn_dim is not None:
+        check_sizes(ffn_dim=config.ffn_dim)
     if config.length < 1 or not float(config.length).is_integer():
         raise ValueError(f"length must be a whole number of tokens, at least 1: got {config.length}")
     if config.ranks > config.length:
