@@ -197,7 +197,7 @@ def test_readme_examples_run(tmp_path):
 def test_tables_in_the_docs_are_made_from_the_committed_lines():
     docs = PACKAGE.parents[1] / "docs"
     page = (docs / "results.md").read_text()
-    for name in ("peers", "speed", "hf", "memory", "error", "synthetic", "lra", "scale", "ranks"):
+    for name in ("peers", "speed", "hf", "memory", "error", "synthetic", "lra", "scale", "ranks", "plan"):
         assert markdown(read(docs / "results" / f"{name}.jsonl")) in page, name
 
 
