@@ -53,6 +53,7 @@ ORDER = [
     "distributed",
     "baselines",
     "environment",
+    "memory",
     "runs",
     "metrics",
     "presets",

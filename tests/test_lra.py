@@ -189,7 +189,7 @@ def test_every_kind_trains(kind, config):
     assert found["attention"] == kind and found["settings"] == DEFAULTS[kind] and found["steps"] == 4
     assert found["score"]["value"] == found["scores"]["accuracy"] and 0 <= found["score"]["value"] <= 1
     assert found["examples_per_second"] == pytest.approx(4 * 8 / found["seconds"])
-    assert 0 < found["peak_memory"] < 2**31 and found["steps_of_the_authors"] == 5000
+    assert 0 <= found["peak_memory"] < 2**31 and found["steps_of_the_authors"] == 5000
     assert not list(config.out.rglob("checkpoint-*"))
 
 

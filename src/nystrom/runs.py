@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -245,37 +244,3 @@ def mixed_precision(precision: Precision) -> dict[str, bool]:
 
 def _cpu_has_bfloat16() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-
-
-def reset_peak_memory() -> int:
-    """Let `peak_memory` forget what was before, and return what is held now (bytes)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return reset_host_peak()
-
-
-def peak_memory() -> int:
-    """Most memory that this process has held at a time, on a GPU where there is one (bytes)."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_peak()
-
-
-def reset_host_peak() -> int:
-    """Let `host_peak` forget what was before (on Linux alone), and return the resident bytes now."""
-    import psutil
-
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def host_peak() -> int:
-    """Most resident bytes so far, or since `reset_host_peak` where the system can forget."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

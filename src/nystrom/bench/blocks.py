@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nystrom import runs
+from nystrom import memory
 from nystrom.bench.ranks import Sent
 from nystrom.distributed import split_sequence
 from nystrom.encoder import Block, EncoderConfig
@@ -167,10 +167,10 @@ def work(step: Step, rank: int, meeting: str) -> Cost:
     for _ in range(2):  # in the second, DistributedDataParallel sorts its gradients anew, and tells the other ranks
         call(*inputs(min(WARM, own)))
     given = inputs(own)
-    before = runs.reset_host_peak()
+    before = memory.reset_host_peak()
     with Sent() if step.ranks > 1 else nullcontext() as sent:
         first = torch.tensor(timed())
-    peak = max(0, runs.host_peak() - before)
+    peak = memory.host_peak_above(before)
     if step.ranks > 1:
         dist.all_reduce(first, dist.ReduceOp.MAX)  # as often on all
     times = [timed() for _ in range(CALLS if first < SECONDS else 1)]

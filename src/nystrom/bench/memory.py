@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nystrom import runs
+from nystrom import memory
 from nystrom.bench.lines import Grid, Line, grid, record, show
 from nystrom.bench.methods import NAMES, Form, check_sizes, methods, random_inputs
 
@@ -96,14 +96,14 @@ def peak_of_this_process(request: str) -> int | None:
         inputs = random_inputs(b, h, length, d)
         if wanted["backward"]:
             inputs = tuple(x.requires_grad_() for x in inputs)
-        before = runs.reset_host_peak()
+        before = memory.reset_host_peak()
         with torch.set_grad_enabled(wanted["backward"]):
             out = form(*inputs)
             results = out.nbytes
             if wanted["backward"]:
                 out.sum().backward()
                 results += sum(x.nbytes for x in inputs)  # the gradients
-        extra = runs.host_peak() - before - results
+        extra = memory.host_peak() - before - results
     return max(0, extra)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nystrom import runs
+from nystrom import memory
 from nystrom.bench.lines import Grid, Line, record, show
 from nystrom.bench.memory import MIB
 from nystrom.bench.methods import check_sizes
@@ -104,14 +104,14 @@ def here(line: Line) -> dict[str, float]:
     call, make = step(line)
     call(*make(min(SMALL, line["n"])))
     inputs = make(line["n"])
-    before = runs.reset_host_peak()
+    before = memory.reset_host_peak()
     times: list[float] = []
     while len(times) < line["rounds"] and sum(times) < LONG:
         start = perf_counter()
         call(*inputs)
         times.append(perf_counter() - start)
     size = sum(x.nbytes for x in inputs if x.requires_grad or not line["backward"])
-    peak = max(0, runs.host_peak() - before)
+    peak = memory.host_peak_above(before)
     return {"ms": 1e3 * median(times), "calls": len(times), "peak_mib": peak / MIB, "peak_of_inputs": peak / size}
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from nystrom import runs
+from nystrom import memory
 from nystrom.bench.lines import Grid, Line, record, show
 from nystrom.bench.memory import MIB
 from nystrom.bench.methods import check_sizes, three_factor
@@ -127,9 +127,9 @@ def peak_of_this_process(kind: str, length: int, batch: int, precision: str, thr
     torch.set_num_threads(threads)
     make_step(kind, 64, 1, precision)()  # loads the kernels and their thread pools, which are not the kind's
     step = make_step(kind, length, batch, precision)
-    before = runs.reset_host_peak()
+    before = memory.reset_host_peak()
     step()
-    return max(0, runs.host_peak() - before)
+    return memory.host_peak_above(before)
 
 
 def summary(lines: list[Line]) -> Grid:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from nystrom import runs
+from nystrom import memory, runs
 from nystrom.data import jobs
 from nystrom.data.jobs import Encoded, Job
 from nystrom.presets import READ_BY, Attention
@@ -216,7 +216,7 @@ def plan(config: Finetune) -> list[str]:
     return [
         *about(job, encoded, model),
         f"about {seconds / 60:.1f} minutes of training at {rates[1]:,.0f} tokens/s, scoring not counted",
-        f"about {runs.peak_memory() / 2**20:,.0f} MiB of memory",
+        f"about {memory.peak() / 2**20:,.0f} MiB of memory",
     ]
 
 

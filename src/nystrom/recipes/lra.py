@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from nystrom import runs
+from nystrom import memory, runs
 from nystrom.data.lra import splits
 from nystrom.data.lra.sequences import make_collate
 from nystrom.data.lra.splits import Splits
@@ -245,9 +245,9 @@ def fit(config: Lra, task: Task, found: Splits, model: LraClassifier, settings: 
     from nystrom.training import clock, train_from
 
     trainer = build_trainer(config, task, found, model)
-    before = runs.reset_peak_memory()
+    before = memory.reset_peak()
     train_from(trainer, runs.resume_point(config.out))
-    peak = runs.peak_memory() - before
+    peak = memory.peak_above(before)
     trainer.save_model()
     answer = cast(dict[str, float], trainer.predict(cast(Any, found.test)).metrics)
     seconds, steps = clock(trainer).seconds, trainer.state.global_step
