@@ -25,6 +25,7 @@ from nystrom.distributed import (
     split_sequence,
     traffic,
 )
+from nystrom.hf.spread import spread_sequence
 from nystrom.streaming import stream_blocks
 from ranks import Ranks
 
@@ -277,6 +278,94 @@ def test_encoders_learn_what_they_learn_in_one_process(ranks, what, kind, length
             torch.testing.assert_close(logits, out.logits.detach(), rtol=1e-9, atol=1e-11)
 
 
+HEADS = {
+    "pretraining": hf.NystromformerForPreTraining,
+    "masked": hf.NystromformerForMaskedLM,
+    "classes": hf.NystromformerForSequenceClassification,
+    "answers": hf.NystromformerForQuestionAnswering,
+}
+
+
+def make_hf(head, attention):
+    torch.manual_seed(7)
+    config = hf.NystromformerConfig(
+        vocab_size=11,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=16,
+        max_position_embeddings=40,
+        num_landmarks=6,
+        conv_kernel_size=9,
+        attention=attention,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return HEADS[head](config).double()
+
+
+def outputs(model, inputs):
+    """Loss and gradients in one row, and all else that the model says."""
+    out = model(**inputs, output_hidden_states=True)
+    out.loss.backward()
+    grads = [parameter.grad.flatten() for parameter in model.parameters()]
+    said = [x.detach() for x in out.to_tuple()[1:] if torch.is_tensor(x)]
+    return torch.cat([out.loss.detach()[None], *grads]), [*said, *(x.detach() for x in out.hidden_states)]
+
+
+def learn_whole(group, head, attention, inputs):
+    model = spread_sequence(make_hf(head, attention), group)
+    assert list(model.state_dict()) == list(make_hf(head, attention).state_dict())
+    row, said = outputs(model, inputs)
+    dist.all_reduce(row, group=group)
+    return row / dist.get_world_size(group), said
+
+
+@pytest.mark.parametrize("attention", ["nystrom", "shift"])
+@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize(("n", "over"), [(35, 2), (34, 3), (2, 3)])
+def test_ranks_that_share_whole_inputs_learn_what_one_process_does(ranks, head, attention, n, over):
+    ids = torch.randint(1, 11, (3, n))
+    inputs = {"input_ids": ids, "token_type_ids": (ids > 5).long()}
+    if n > 3:
+        mask = some_masked(3, n)
+        mask[1, : n // 2 + 1] = False  # all of the first rank's stretch, and where this sample begins
+        inputs["attention_mask"] = mask.long()
+    if head == "classes":
+        inputs["labels"] = torch.tensor([2, 0, 1])
+    elif head == "answers":
+        real = inputs.get("attention_mask", torch.ones_like(ids))
+        inputs |= {"start_positions": real.argmax(1), "end_positions": (real * torch.arange(n)).argmax(1)}
+    else:
+        inputs["labels"] = torch.where(torch.rand(3, n) < 0.3, ids, -100)
+        inputs["labels"][:, 0] = ids[:, 0]
+    if head == "pretraining":
+        inputs["sentence_order_label"] = torch.tensor([1, 0, 1])
+    row, said = outputs(make_hf(head, attention), inputs)
+    for got_row, got in ranks.run(learn_whole, head, attention, inputs, ranks=over):
+        torch.testing.assert_close(got_row, row, rtol=1e-9, atol=1e-11)
+        for one, want in zip(got, said, strict=True):
+            real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+            if one.shape[:2] == real.shape:  # what stands at padding means nothing
+                one, want = one[real], want[real]
+            torch.testing.assert_close(one, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.unhooked
+def test_a_shared_input_must_fit_the_model_as_a_whole(ranks):
+    for error in ranks.run(too_long, ranks=2):
+        assert "at most max_position_embeddings tokens long: got 41" in error
+
+
+def too_long(group):
+    model = spread_sequence(make_hf("masked", "nystrom"), group)
+    try:
+        return str(model(torch.ones(1, 41, dtype=torch.long)))
+    except ValueError as error:
+        return str(error)
+
+
 @pytest.mark.unhooked
 def test_what_cannot_be_split_says_why():
     with pytest.raises(ValueError, match="kind 'residual' cannot be split over ranks: it picks single keys"):
@@ -307,7 +396,7 @@ def stream_too(group):
 @pytest.mark.unhooked
 def test_heads_of_transformers_are_refused():
     config = hf.NystromformerConfig(vocab_size=11, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"split the encoder in it .*: got NystromformerForMaskedLM"):
+    with pytest.raises(ValueError, match=r"is for nystrom.hf.spread.spread_sequence, .*: got NystromformerForMaskedLM"):
         split_sequence(hf.NystromformerForMaskedLM(config))
 
 

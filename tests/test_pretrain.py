@@ -176,20 +176,46 @@ def test_two_processes_train_one_model(corpus, tmp_path):
     fill_mask.load(tmp_path / "run")
 
 
-def test_two_processes_learn_what_one_does(corpus, tmp_path):
-    """With as many blocks a step, launched by accelerate. Each reads its own part of the corpus, so they are others."""
-    settings = {**TINY, "dropout": 0.0, "lr": 0.01, "steps": 8}
+LEARNING = {**TINY, "dropout": 0.0, "lr": 0.01, "steps": 8}
+
+
+@pytest.fixture(scope="module")
+def by_accelerate(corpus, tmp_path_factory) -> dict:
+    """Two processes, each with its own part of the corpus."""
+    out = tmp_path_factory.mktemp("accelerate") / "run"
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--no_python"]
-    command = [*launch, *PROGRAM, "--data", str(corpus), "--out", "run", *flags(**settings)]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    command = [*launch, *PROGRAM, "--data", str(corpus), "--out", str(out), *flags(**LEARNING)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    train(Pretrain(data=(corpus,), out=tmp_path / "one", **{**settings, "batch_size": 4}))
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "run")
-    assert one["tokens"] == two["tokens"]
-    curves = [[entry["loss"] for entry in found["curve"] if "loss" in entry] for found in (one, two)]
-    assert curves[1] == pytest.approx(curves[0], rel=0.02) and curves[0][-1] < 0.9 * curves[0][0]
-    assert two["held_out"]["loss_nats"] == pytest.approx(one["held_out"]["loss_nats"], rel=0.02)
+    return metrics_of(out)
+
+
+def losses(metrics: dict) -> list[float]:
+    return [entry["loss"] for entry in metrics["curve"] if "loss" in entry]
+
+
+def test_two_processes_learn_what_one_does(corpus, by_accelerate, tmp_path):
+    """With as many blocks a step; each reads its own part of the corpus, so they are others."""
+    train(Pretrain(data=(corpus,), out=tmp_path / "one", **{**LEARNING, "batch_size": 4}))
+    one = metrics_of(tmp_path / "one")
+    assert one["tokens"] == by_accelerate["tokens"]
+    assert losses(by_accelerate) == pytest.approx(losses(one), rel=0.02) and losses(one)[-1] < 0.9 * losses(one)[0]
+    assert by_accelerate["held_out"]["loss_nats"] == pytest.approx(one["held_out"]["loss_nats"], rel=0.02)
+
+
+def test_processes_that_share_each_block_count_as_one(corpus, by_accelerate, tmp_path):
+    """Two rows of two: the same blocks as two processes have, a half each, and the same losses."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--no-python"]
+    command = [*launch, *PROGRAM, "--data", str(corpus), "--out", "run", "--sequence-processes", "2"]
+    done = subprocess.run([*command, *flags(**LEARNING)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = metrics_of(tmp_path / "run")
+    assert found["tokens"] == by_accelerate["tokens"] and found["held_out"]["blocks"] == 6
+    assert losses(found) == pytest.approx(losses(by_accelerate), rel=1e-4)
+    for name, value in by_accelerate["scores"].items():
+        assert found["scores"][name] == pytest.approx(value, rel=1e-4), name
+    fill_mask.load(tmp_path / "run")
 
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -385,6 +411,9 @@ def test_filled_line_takes_the_likeliest_tokens(trained):
         (dict(length=7, sentence_order=True), "length must be at least 8: got 7"),
         (dict(lr=-1.0), "lr must be positive and finite: got -1.0"),
         (dict(lr=math.nan), "lr must be positive and finite: got nan"),
+        (dict(sequence_processes=0), "sequence_processes must be at least 1: got 0"),
+        (dict(sequence_processes=2), "sequence_processes must divide the number of processes: got 2 for 1; start"),
+        (dict(sequence_processes=2, dry_run=True), "dry_run is of one process: got sequence_processes 2; leave it out"),
         (dict(warmup=1.5), r"warmup must be in \[0, 1\]: got 1.5"),
         (dict(mask_probability=0.0), "mask_probability must be above 0 and at most 1: got 0.0"),
         (dict(sentence_order=True, packing="stream"), "packing is settled by sentence_order, .*: got stream"),

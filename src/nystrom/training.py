@@ -8,10 +8,14 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import recursively_apply
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from nystrom.hf.base import NystromformerPreTrainedModel
+from nystrom.hf.spread import spread_sequence
 from nystrom.runs import COMPLETE
 
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
@@ -93,6 +97,12 @@ def clock(trainer: Trainer) -> Clock:
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
 
 
+def curve(trainer: Trainer) -> list[dict[str, Any]]:
+    """What was logged of the loss and of the scores, in order; of a step that was scored twice the last."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry]
+    return list({(entry["step"], "loss" in entry): entry for entry in entries}.values())
+
+
 class Progress(ProgressCallback):
     """The loss beside the bar, instead of a line of figures at every log; of an evaluation a line with its scores."""
 
@@ -170,6 +180,42 @@ class _Epochs(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.order.set_epoch(int(state.epoch))
+
+
+def share_sequences(model: NystromformerPreTrainedModel, sequence: int) -> DeviceMesh | None:
+    """All processes as a mesh of data x sequence, each row of `sequence` neighbours sharing the model's inputs; None
+    where one process has each for itself.
+
+    Raises:
+        ValueError: the processes do not make whole rows; the model's attention cannot be split.
+    """
+    if sequence == 1:
+        return None
+    state = PartialState()
+    if state.num_processes % sequence:
+        raise ValueError(
+            f"sequence_processes must divide the number of processes: got {sequence} for {state.num_processes}; start "
+            f"more of them with torchrun --nproc-per-node {sequence} --no-python nystrom …"
+        )
+    # the names that accelerate knows such axes by
+    shape, names = (state.num_processes // sequence, sequence), ("dp_replicate", "cp")
+    mesh = init_device_mesh(cast(torch.device, state.device).type, shape, mesh_dim_names=names)
+    spread_sequence(model, mesh.get_group("cp"))
+    return mesh
+
+
+def read_by_rows(trainer: Trainer, mesh: DeviceMesh | None) -> None:
+    """Let the processes of a row read the same batches, and count what they return once."""
+    if mesh is None:
+        return
+    rows, columns = mesh.shape
+    gather = trainer.accelerator.gather
+
+    def of_first_column(tensor: Any) -> Any:
+        return recursively_apply(lambda x: x.unflatten(0, (rows, columns, -1))[:, 0].flatten(0, 1), gather(tensor))
+
+    trainer.accelerator.state.device_mesh = cast(Any, mesh)
+    trainer.accelerator.gather = of_first_column
 
 
 def show_progress(trainer: Trainer) -> None:

@@ -91,6 +91,17 @@ def merge(
     return _Merge.apply(out, log_mass, group)
 
 
+def joined(x: Float[Tensor, "b n c"], lengths: list[int], group: Group) -> Float[Tensor, "b total c"]:
+    """The stretches of all ranks, one after the other, on every rank: the only exchange that grows with the length.
+
+    Args:
+        x: this rank's stretch.
+        lengths: of the stretches of all ranks (tokens).
+        group: the ranks.
+    """
+    return _Joined.apply(x, lengths, group)
+
+
 def edges(
     x: Float[Tensor, "b h n d"], reach: int, lengths: list[int], group: Group
 ) -> tuple[Float[Tensor, "b h reach d"], Float[Tensor, "b h reach d"]]:
@@ -140,6 +151,21 @@ class _Merge(Function):
         grad, grad_log_mass = both[..., :-1], both[..., -1]
         part = (log_mass - _finite(log_masses)).exp()
         return part[..., None] * grad, part * (grad_log_mass + (grad * (out - merged)).sum(-1)), None
+
+
+class _Joined(Function):
+    @staticmethod
+    def forward(ctx, x, lengths, group):
+        ctx.lengths, ctx.group = lengths, group
+        b, n, c = x.shape
+        padded = torch.cat([x, x.new_zeros(b, max(lengths) - n, c)], 1)  # ranks exchange tensors of one shape
+        found = gather(padded, group)
+        return torch.cat([found[rank, :, :length] for rank, length in enumerate(lengths)], 1)
+
+    @staticmethod
+    @once
+    def backward(ctx, grad):
+        return _summed(grad, ctx.group).split(ctx.lengths, 1)[dist.get_rank(ctx.group)], None, None
 
 
 class _Edges(Function):

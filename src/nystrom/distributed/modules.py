@@ -46,8 +46,8 @@ def split_sequence(model: Model, group: Group = None) -> Model:
         raise ValueError(f"no NystromAttention in the model, so nothing to split: got {type(model).__name__}")
     if any(base.__name__ == "PreTrainedModel" for module in model.modules() for base in type(module).__mro__):
         raise ValueError(
-            "of a transformers model split the encoder in it (model.nystromformer.encoder), whose states are those of "
-            f"this rank's tokens; the heads would take them for all: got {type(model).__name__}"
+            "a transformers model is for nystrom.hf.spread.spread_sequence, which gives its head the states of all "
+            f"tokens: got {type(model).__name__}"
         )
     if any(isinstance(module, Block) and "forward" in vars(module) for module in model.modules()):
         raise ValueError("the model's blocks are streamed already; they cannot be split over ranks as well")

@@ -377,7 +377,7 @@ def build_trainer(
 def summary(job: Job, encoded: Encoded, trainer: "Trainer", scores: dict[str, float], seed: int) -> dict[str, Any]:
     """What metrics.json holds."""
     from nystrom.hf.classifier import attention_of, exact_below
-    from nystrom.training import clock
+    from nystrom.training import clock, curve
 
     model = cast("PreTrainedModel", trainer.model)
     seconds, tokens = clock(trainer).seconds, jobs.num_tokens(encoded.train) * cast(float, trainer.state.epoch)
@@ -394,5 +394,5 @@ def summary(job: Job, encoded: Encoded, trainer: "Trainer", scores: dict[str, fl
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "parameters": model.num_parameters(),
-        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry],
+        "curve": curve(trainer),
     }

@@ -242,7 +242,7 @@ def build_model(config: Lra, task: Task, settings: dict[str, int]) -> LraClassif
 
 def fit(config: Lra, task: Task, found: Splits, model: LraClassifier, settings: dict[str, int]) -> dict[str, Any]:
     """Train, score the best model on the dev set once on the test set, and write the numbers."""
-    from nystrom.training import clock, train_from
+    from nystrom.training import clock, curve, train_from
 
     trainer = build_trainer(config, task, found, model)
     before = memory.reset_peak()
@@ -251,10 +251,10 @@ def fit(config: Lra, task: Task, found: Splits, model: LraClassifier, settings: 
     trainer.save_model()
     answer = cast(dict[str, float], trainer.predict(cast(Any, found.test)).metrics)
     seconds, steps = clock(trainer).seconds, trainer.state.global_step
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry]
+    entries = curve(trainer)
     batch = batch_of(config, task) * config.gradient_accumulation
     scores = {"accuracy": answer["test_score"], "loss": answer["test_loss"]}
-    scores["dev_accuracy"] = max(entry["eval_score"] for entry in curve if "eval_score" in entry)
+    scores["dev_accuracy"] = max(entry["eval_score"] for entry in entries if "eval_score" in entry)
     metrics = {
         "task": found.task,
         "attention": config.attention,
@@ -269,10 +269,10 @@ def fit(config: Lra, task: Task, found: Splits, model: LraClassifier, settings: 
         "examples_per_second": steps * batch / seconds,
         "peak_memory": peak,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "curve": curve,
+        "curve": entries,
     }
     if trainer.is_world_process_zero():
-        runs.plot_curve(curve, config.out / "curve.png")
+        runs.plot_curve(entries, config.out / "curve.png")
         runs.write_json(config.out / "metrics.json", metrics)
         runs.remove_checkpoints(config.out)
     trainer.accelerator.wait_for_everyone()

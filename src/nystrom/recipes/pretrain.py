@@ -121,6 +121,8 @@ class Pretrain:
     """Steps between evaluations and between checkpoints (count)."""
     seed: int = 0
     """Of the weights, the order of the data and the masks."""
+    sequence_processes: int = 1
+    """Processes that share each block, a stretch of its tokens each (count)."""
 
 
 def run(config: Pretrain) -> None:
@@ -146,8 +148,11 @@ def train(config: Pretrain) -> dict[str, Any]:
     """
     from accelerate import PartialState
 
+    from nystrom.training import read_by_rows, share_sequences, train_from
+
     state = PartialState(cpu=not torch.accelerator.is_available())
     config, tokenizer, model = prepare(config)
+    mesh = share_sequences(model, config.sequence_processes)
     if state.is_main_process:  # alone: the others may already see what it writes next
         runs.check_out(config.out, config, config.resume, runs.CHECKPOINTS * model.num_parameters())
     train_sources, eval_sources = corpus(config)
@@ -158,11 +163,15 @@ def train(config: Pretrain) -> dict[str, Any]:
         state.print(f"held-out text is short: {len(eval_set)} blocks are scored, not {config.eval_blocks}")
     baseline = streams.commonest_token(train_set, eval_set)
     trainer = build_trainer(config, model, tokenizer, train_set, eval_set)
+    read_by_rows(trainer, mesh)
     state.wait_for_everyone()
     if state.is_main_process:
         runs.start(config.out, "pretrain", config)
     with runs.full_disk_told(config.out):
-        scores = fit(config, trainer)
+        train_from(trainer, runs.resume_point(config.out))
+        trainer.save_model()
+        found = trainer.evaluate()
+    scores = {name: found[f"eval_{name}"] for name in SCORES if f"eval_{name}" in found}
     metrics = summary(config, trainer, scores)
     metrics["examples"] = {"train": None, "eval": len(eval_set)}  # the stream has no end
     metrics["held_out"] = {**scores, "blocks": len(eval_set), "files": eval_files, "baseline": baseline}
@@ -172,16 +181,6 @@ def train(config: Pretrain) -> dict[str, Any]:
         runs.plot_curve(metrics["curve"], config.out / "curve.png")
         runs.write_json(config.out / "metrics.json", metrics)
     return metrics
-
-
-def fit(config: Pretrain, trainer: "Trainer") -> dict[str, float]:
-    """Train from the last whole checkpoint on, save the model, and return its scores on held-out text."""
-    from nystrom.training import train_from
-
-    train_from(trainer, runs.resume_point(config.out))
-    trainer.save_model()
-    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    return {name: found[name] for name in SCORES if name in found}
 
 
 def plan(config: Pretrain) -> list[str]:
@@ -242,7 +241,7 @@ def prepare(config: Pretrain) -> "tuple[Pretrain, PreTrainedTokenizerBase, Nystr
 
 def check_settings(config: Pretrain) -> None:
     """Raise ValueError for a setting out of range, or a contradiction of two; the model checks its own sizes."""
-    ones = ("steps", "batch_size", "gradient_accumulation", "eval_blocks", "eval_steps")
+    ones = ("steps", "batch_size", "gradient_accumulation", "eval_blocks", "eval_steps", "sequence_processes")
     runs.check_least(config, {"length": 8 if config.sentence_order else 2, "seed": 0, **dict.fromkeys(ones, 1)})
     of_dataset = ("dataset_config", "dataset_split", "dataset_eval_split")
     runs.check_read(config, {"positions": "init", **dict.fromkeys(of_dataset, "dataset")})
@@ -255,6 +254,8 @@ def check_settings(config: Pretrain) -> None:
     runs.check_rules(config, rules)
     if config.sentence_order and config.packing is not None:
         raise ValueError(f"packing is settled by sentence_order, one document a block: got {config.packing}")
+    if config.dry_run and config.sequence_processes > 1:
+        raise ValueError(f"dry_run is of one process: got sequence_processes {config.sequence_processes}; leave it out")
     if config.dataset is not None and (config.data or config.eval_data or config.encoding != "utf-8"):
         raise ValueError(f"dataset takes the place of data, eval_data and encoding: got {config.dataset} beside them")
 
@@ -379,12 +380,10 @@ def build_trainer(
 
 def summary(config: Pretrain, trainer: "Trainer", scores: dict[str, float]) -> dict[str, Any]:
     """What metrics.json holds of any run."""
-    from nystrom.training import clock
+    from nystrom.training import clock, curve
 
     seconds, tokens = clock(trainer).seconds, trainer.state.num_input_tokens_seen
     kept = ("step", "seconds", "num_input_tokens_seen", "loss", "eval_score", *(f"eval_{name}" for name in SCORES))
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_score" in entry]
-    once = {(entry["step"], "loss" in entry): entry for entry in entries}  # the last step was scored twice
     return {
         "task": "pretrain",
         "attention": config.attention,
@@ -396,5 +395,5 @@ def summary(config: Pretrain, trainer: "Trainer", scores: dict[str, float]) -> d
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "parameters": cast("PreTrainedModel", trainer.model).num_parameters(),
-        "curve": [{name: entry[name] for name in kept if name in entry} for entry in once.values()],
+        "curve": [{name: entry[name] for name in kept if name in entry} for entry in curve(trainer)],
     }
