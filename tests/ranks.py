@@ -1,9 +1,16 @@
-"""Processes that stay for a whole test module and run its functions together, as ranks of a gloo group."""
+"""Ranks: processes that stay for a whole test module and run its functions together, and programs under torchrun."""
 
 import multiprocessing as mp
+import os
+import subprocess
+import sys
+import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+
+import psutil
 
 
 class Ranks:
@@ -70,3 +77,23 @@ def _work(rank, most, meeting, pipe, checked) -> None:
         except Exception as error:
             pipe.send((error, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def torchrun(program: list[str], *options: str) -> subprocess.Popen:
+    """Two processes of a program."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, "--monitor-interval", "0.2", *options, *program]
+    # without the latter, torch's gloo looks for the processes that came before a restart, at their addresses
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_rank(process: subprocess.Popen, moment: Callable[[], bool], rank: str) -> None:
+    """Kill one of the processes that torchrun has started, at that moment."""
+    end = time.monotonic() + 200
+    while not moment() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert process.poll() is None and moment()
+    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == rank]
+    assert len(workers) == 1
+    workers[0].kill()

@@ -25,6 +25,7 @@ from nystrom.presets import READ_BY
 from nystrom.recipes import lra
 from nystrom.recipes.lra import ListOps, Retrieval, Text
 from nystrom.training import LengthGrouped
+from ranks import kill_rank, torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -235,19 +236,21 @@ def test_a_seed_repeats_and_a_killed_run_ends_where_it_would_have(config, tmp_pa
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("preset", ["paper", "clean"])
-def test_two_processes_learn_what_one_does(config, tmp_path, monkeypatch, preset):
-    """With as many examples a step, launched by torchrun."""
+@pytest.mark.parametrize(("preset", "restarts"), [("paper", 0), ("clean", 0), ("clean", 1)])
+def test_two_processes_learn_what_one_does(config, tmp_path, monkeypatch, preset, restarts):
+    """With as many examples a step, launched by torchrun; also where one of them dies on the way."""
     still = "import torch; torch.nn.Dropout.forward = lambda self, x: x; "
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     arguments = ["lra", "listops", "--data", str(config.data), "--num-landmarks", "8", "--preset", preset]
     arguments += [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     arguments += ["--lr", "0.01", "--steps", "7", "--out", str(config.out)]  # to the end of an epoch, which is short
     program = [sys.executable, "-c", still + "from nystrom.cli import main; main()", *arguments, "--batch-size", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *program], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1
+    process = torchrun(program, "--max-restarts", str(restarts))
+    if restarts:
+        kill_rank(process, (config.out / "checkpoint-4" / "complete").is_file, "1")
+    said, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert said.count("test accuracy") == 1
+    assert len(json.loads((config.out / "run.json").read_text()).get("resumed", [])) == restarts
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     one = lra.train(replace(config, preset=preset, lr=0.01, steps=7, out=tmp_path / "one"))
     two = metrics(config.out)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pyarrow
 import pytest
 import torch
@@ -29,6 +28,7 @@ from transformers import (
 import nystrom.hf  # noqa: F401  # tells the Auto classes of our models
 from nystrom.recipes import fill_mask
 from nystrom.recipes.pretrain import Pretrain, plan, prepare, train
+from ranks import kill_rank, torchrun
 
 PROGRAM = (sys.executable, "-c", "from nystrom.cli import main; main()", "pretrain")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
@@ -218,26 +218,8 @@ def test_processes_that_share_each_block_count_as_one(corpus, by_accelerate, tmp
     fill_mask.load(tmp_path / "run")
 
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def killed(process: subprocess.Popen, moment: Callable[[], bool], rank: str) -> None:
-    """Kill one of the processes that torchrun has started, at that moment."""
-    end = time.monotonic() + 200
-    while not moment() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.001)
-    assert process.poll() is None and moment()
-    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == rank]
-    assert len(workers) == 1
-    workers[0].kill()
-
-
 def launch(corpus: Path, out: Path, *options: str, **settings) -> subprocess.Popen:
-    program = [*PROGRAM, "--data", str(corpus), *flags(**settings), "--out", str(out)]
-    command = [*LAUNCH, *options, "--monitor-interval", "0.2", "--no-python", *program]
-    # or torch's gloo looks for the processes that came before, at their addresses
-    environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return torchrun([*PROGRAM, "--data", str(corpus), *flags(**settings), "--out", str(out)], *options)
 
 
 MANY = {**TINY, "steps": 60, "eval_steps": 20, "dropout": 0.2}
@@ -256,7 +238,7 @@ def by_two(corpus, tmp_path_factory) -> Path:
 def test_torchrun_begins_a_run_again_from_its_last_checkpoint(corpus, by_two, tmp_path, rank):
     out = tmp_path / "run"
     process = launch(corpus, out, "--max-restarts", "1", **MANY)
-    killed(process, (out / "checkpoint-20" / "complete").is_file, rank)
+    kill_rank(process, (out / "checkpoint-20" / "complete").is_file, rank)
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     abouts = [json.loads((folder / "run.json").read_text()) for folder in (out, by_two)]
@@ -267,7 +249,7 @@ def test_torchrun_begins_a_run_again_from_its_last_checkpoint(corpus, by_two, tm
 
 def test_a_rank_that_is_killed_stops_the_others_with_an_error(corpus, tmp_path):
     process = launch(corpus, tmp_path / "run", **{**MANY, "steps": 100_000})
-    killed(process, (tmp_path / "run" / "checkpoint-20" / "complete").is_file, "1")
+    kill_rank(process, (tmp_path / "run" / "checkpoint-20" / "complete").is_file, "1")
     start = time.monotonic()
     _, told = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - start < 60
