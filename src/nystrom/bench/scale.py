@@ -99,6 +99,7 @@ def elsewhere(line: Line) -> dict[str, float]:
 
 def here(line: Line) -> dict[str, float]:
     """The same in this process; once per process. Memory is what a call needs beyond its inputs, results included."""
+    memory.keep_freed()
     torch.set_num_threads(line["threads"])
     torch.manual_seed(0)
     call, make = step(line)

@@ -60,7 +60,11 @@ def run(config: Lra) -> list[Line]:
 
 
 def measure(config: Lra) -> list[Line]:
-    """One line per kind; ms is the median over the rounds, times_nystrom the median of the rounds' ratios."""
+    """One line per kind; ms is the median over the rounds, times_nystrom the median of the rounds' ratios.
+
+    Memory is kept between steps, as `keep_freed` does it: else most of a long step's time may go into getting it anew.
+    """
+    memory.keep_freed()
     about = {name: value for name, value in asdict(config).items() if name not in ("kinds", "out", "length")}
     kinds = tuple(dict.fromkeys(("nystrom", *config.kinds)))
     peaks = {kind: peak_elsewhere(config, kind) for kind in kinds}  # first, while this process holds nothing
@@ -124,6 +128,7 @@ def peak_elsewhere(config: Lra, kind: str) -> int:
 
 def peak_of_this_process(kind: str, length: int, batch: int, precision: str, threads: int) -> int:
     """The same, here; run once per process."""
+    memory.keep_freed()
     torch.set_num_threads(threads)
     make_step(kind, 64, 1, precision)()  # loads the kernels and their thread pools, which are not the kind's
     step = make_step(kind, length, batch, precision)
