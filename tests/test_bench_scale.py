@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ SIZES = "--heads", 2, "--head-dim", 8, "--num-landmarks", 4, "--rounds", 1, "--t
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("scale") / "scale.jsonl"
-    done = bench("scale", "--lengths", 129, "--exact-up-to", 129, "--chunk", 64, *SIZES, "--out", out)
+    done = bench(
+        "scale", "--lengths", 129, "--exact-up-to", 129, "--chunk", 64, *SIZES, "--no-keep-freed", "--out", out
+    )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -37,6 +40,7 @@ def test_every_part_method_direction_and_length_has_its_line(measured):
     assert len(found) == len(lines) == 8 and {n for *_, n in found} == {129}
     for line in lines:
         assert line["ms"] > 0 and line["calls"] == 1 and line["peak_mib"] >= 0 and line["chunk"] == 64
+        assert line["keep_freed"] is False  # as it was asked for
     table = bench("table", "--lines", measured[0]).stdout
     assert table.startswith("**one layer, 2 heads x 8, m = 4, float32, 1 threads**") and table.count("**") == 2
     assert "attention, nystrom, forward + backward" in table and "block, exact, forward" in measured[1]
@@ -49,6 +53,14 @@ def test_the_picture_is_drawn_and_always_the_same(measured, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"bench": "lra", "method": "x", "n": 1, "utc": "", "environment": {}}\n')
     with pytest.raises(ValueError, match=r"other.jsonl: holds no line of scale; make some with: nystrom bench scale"):
         grow(Growth(lines=tmp_path / "other.jsonl", out=tmp_path / "c.png"))
+
+
+@pytest.mark.skipif(os.name != "posix" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="of glibc alone")
+def test_memory_is_kept_unless_something_else_is_asked_for():
+    config = scale.Scale(lengths=(2**19,), what=("attention",), exact_up_to=0, heads=1, rounds=5, threads=1)
+    kept, not_kept = (list(scale.measure(replace(config, keep_freed=keep))) for keep in (True, False))
+    assert [line["keep_freed"] for line in (*kept, *not_kept)] == [True, True, False, False]
+    assert kept[0]["peak_mib"] >= 0.9 * not_kept[0]["peak_mib"] > 100  # the result is 128 MiB
 
 
 @pytest.mark.parametrize("part", ["attention", "block"])

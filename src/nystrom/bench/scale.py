@@ -58,6 +58,8 @@ class Scale:
     """Calls that are timed, as long as they have not taken a minute (count)."""
     threads: int = torch.get_num_threads()
     """Threads that torch computes with."""
+    keep_freed: bool = True
+    """Keep what tensors give back for the next ones (see `nystrom.memory.keep_freed`); the lines say whether it was."""
     out: Path | None = None
     """File to append the JSON lines to."""
 
@@ -99,7 +101,7 @@ def elsewhere(line: Line) -> dict[str, float]:
 
 def here(line: Line) -> dict[str, float]:
     """The same in this process; once per process. Memory is what a call needs beyond its inputs, results included."""
-    memory.keep_freed()
+    kept = line["keep_freed"] and memory.keep_freed()
     torch.set_num_threads(line["threads"])
     torch.manual_seed(0)
     call, make = step(line)
@@ -113,7 +115,8 @@ def here(line: Line) -> dict[str, float]:
         times.append(perf_counter() - start)
     size = sum(x.nbytes for x in inputs if x.requires_grad or not line["backward"])
     peak = memory.host_peak_above(before)
-    return {"ms": 1e3 * median(times), "calls": len(times), "peak_mib": peak / MIB, "peak_of_inputs": peak / size}
+    found = {"ms": 1e3 * median(times), "calls": len(times), "peak_mib": peak / MIB, "peak_of_inputs": peak / size}
+    return {**found, "keep_freed": kept}
 
 
 def step(line: Line) -> tuple[Callable[..., None], Callable[[int], tuple[Tensor, ...]]]:
@@ -177,7 +180,8 @@ def summary(lines: list[Line]) -> Grid:
             costs = f"{line['ms']:.0f}", f"{line['peak_mib']:.0f}", f"{line['peak_of_inputs']:.2f}x"
             rows.append([name, str(line["n"]), *costs, *fitted])
             name = ""
-    return Grid(f"one layer, {sizes}, float32, {first['threads']} threads", headings, rows)
+    kept = ", freed memory kept" if first.get("keep_freed") else ""
+    return Grid(f"one layer, {sizes}, float32, {first['threads']} threads{kept}", headings, rows)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class Lra:
     """bfloat16: under autocast, as `nystrom lra` trains where the hardware multiplies in it."""
     threads: int = torch.get_num_threads()
     """Threads that torch computes with."""
+    keep_freed: bool = True
+    """Keep what tensors give back for the next ones (see `nystrom.memory.keep_freed`); the lines say whether it was."""
     out: Path | None = None
     """File to append the JSON lines to."""
 
@@ -60,12 +62,9 @@ def run(config: Lra) -> list[Line]:
 
 
 def measure(config: Lra) -> list[Line]:
-    """One line per kind; ms is the median over the rounds, times_nystrom the median of the rounds' ratios.
-
-    Memory is kept between steps, as `keep_freed` does it: else most of a long step's time may go into getting it anew.
-    """
-    memory.keep_freed()
+    """One line per kind; ms is the median over the rounds, times_nystrom the median of the rounds' ratios."""
     about = {name: value for name, value in asdict(config).items() if name not in ("kinds", "out", "length")}
+    about["keep_freed"] = config.keep_freed and memory.keep_freed()
     kinds = tuple(dict.fromkeys(("nystrom", *config.kinds)))
     peaks = {kind: peak_elsewhere(config, kind) for kind in kinds}  # first, while this process holds nothing
     steps = {kind: make_step(kind, config.length, config.batch, config.precision) for kind in kinds}
@@ -119,16 +118,17 @@ def make_model(kind: str, length: int) -> LraClassifier:
 
 def peak_elsewhere(config: Lra, kind: str) -> int:
     """Bytes that a first step needs at its peak in a process of its own, beyond the model and its inputs."""
-    request = json.dumps([kind, config.length, config.batch, config.precision, config.threads])
+    request = json.dumps([kind, config.length, config.batch, config.precision, config.threads, config.keep_freed])
     done = subprocess.run([sys.executable, "-m", "nystrom.bench.steps", request], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"measuring {kind} failed:\n{done.stderr}")
     return int(done.stdout)
 
 
-def peak_of_this_process(kind: str, length: int, batch: int, precision: str, threads: int) -> int:
+def peak_of_this_process(kind: str, length: int, batch: int, precision: str, threads: int, keep_freed: bool) -> int:
     """The same, here; run once per process."""
-    memory.keep_freed()
+    if keep_freed:
+        memory.keep_freed()
     torch.set_num_threads(threads)
     make_step(kind, 64, 1, precision)()  # loads the kernels and their thread pools, which are not the kind's
     step = make_step(kind, length, batch, precision)
@@ -142,6 +142,7 @@ def summary(lines: list[Line]) -> Grid:
     first = lines[0]
     title = (
         f"a training step of {first['batch']} x {first['n']} tokens, {first['precision']}, {first['threads']} threads"
+        + (", freed memory kept" if first.get("keep_freed") else "")
     )
     headings = ["attention", "ms", "of nystrom's", "examples/s", "peak MiB"]
     rows = [
