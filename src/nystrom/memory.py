@@ -18,9 +18,11 @@ def keep_freed() -> bool:
     """Let the C library keep what tensors on the CPU give back, for the tensors that come next; True where it does.
 
     glibc gives every block of 32 MiB or more back to the system at once, and the next one comes page by page, each one
-    faulted in and cleared: a training step of long sequences then takes up to twice as long. Kept, the process holds
-    what it needed at its most until it ends. Only glibc is told so, and not where the environment already tells it
-    something about its malloc (MALLOC_..., GLIBC_TUNABLES).
+    faulted in and cleared: a training step of long sequences may take twice as long. Kept, the process holds until it
+    ends what it needed at its most, and more where tensors of many sizes leave holes between each other.
+
+    Only glibc is told so, and not where the environment already tells it something about its malloc (MALLOC_...,
+    GLIBC_TUNABLES).
     """
     told = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or told:

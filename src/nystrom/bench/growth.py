@@ -86,7 +86,8 @@ def draw(axes: Axes, lines: list[Line], of: str, lengths: list[int]) -> None:
     axes.set(xscale="log", yscale="log", xlim=(0.8 * lengths[0], 3 * lengths[-1]))  # room for the slopes
     axes.set_xticks(lengths, [f"2$^{{{n.bit_length() - 1}}}$" if n & (n - 1) == 0 else str(n) for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator())
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color="0.9")

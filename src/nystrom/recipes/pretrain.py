@@ -122,7 +122,7 @@ class Pretrain:
     seed: int = 0
     """Of the weights, the order of the data and the masks."""
     sequence_processes: int = 1
-    """Processes that share each block, a stretch of its tokens each (count)."""
+    """Processes that share each block, a stretch of its tokens each, and count as one (count)."""
 
 
 def run(config: Pretrain) -> None:
