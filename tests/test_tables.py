@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -95,6 +95,8 @@ VALUES = st.text(min_size=1).filter(str.strip)  # any character at all, line end
 @example([("a", "b "), ("\n c\r", " d \t")], "\n", False)
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_csv_gives_back_what_the_csv_module_wrote(tmp_path_factory, pairs, ending, quote_all):
+    # Python's csv leaves a lone \r bare where a line ends with \n, and nobody can tell then what it was
+    assume(quote_all or ending == "\r\n" or not any("\r" in v and "\n" not in v for v in sum(pairs, ())))
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     with path.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
         writer = csv.writer(file, lineterminator=ending, quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL)
