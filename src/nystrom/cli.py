@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
+from nystrom.runs import leave_together
+
 INSTALL = "pip install 'nystrom[train]'"
 PROGRAM = "nystrom"
 ABOUT = "Linear-cost attention for Transformers that read long sequences."
@@ -16,6 +18,7 @@ def main() -> None:
     """
     try:
         run(sys.argv[1:])
+        leave_together()
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(PROGRAM):
             raise

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from nystrom.environment import describe
 
@@ -244,3 +245,12 @@ def mixed_precision(precision: Precision) -> dict[str, bool]:
 
 def _cpu_has_bfloat16() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def leave_together() -> None:
+    """Where several processes share a run, end with the others: one that left alone might abort on its way out, with
+    its threads of gloo still at work, and torchrun would stop those that are still writing.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
