@@ -57,10 +57,10 @@ def test_the_picture_is_drawn_and_always_the_same(measured, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="of glibc alone")
 def test_memory_is_kept_unless_something_else_is_asked_for():
-    config = scale.Scale(lengths=(2**19,), what=("attention",), exact_up_to=0, heads=1, rounds=5, threads=1)
+    config = scale.Scale(lengths=(2**18,), what=("attention",), exact_up_to=0, heads=1, rounds=1, threads=1)
     kept, not_kept = (list(scale.measure(replace(config, keep_freed=keep))) for keep in (True, False))
     assert [line["keep_freed"] for line in (*kept, *not_kept)] == [True, True, False, False]
-    assert kept[0]["peak_mib"] >= 0.9 * not_kept[0]["peak_mib"] > 100  # the result is 128 MiB
+    assert kept[0]["peak_mib"] >= 0.9 * not_kept[0]["peak_mib"] > 50  # the result is 64 MiB
 
 
 @pytest.mark.parametrize("part", ["attention", "block"])
