@@ -1,6 +1,7 @@
-"""What every kind does first and last: check and widen its inputs, and keep masked tokens out."""
+"""What kinds share: check and widen inputs, keep masked tokens out, put blocks beside their neighbours."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -35,3 +36,10 @@ def prepare(
 def finish(out: Float[Tensor, "b h n v"], mask: Bool[Tensor, "b n"], dtype: torch.dtype) -> Float[Tensor, "b h n v"]:
     """The result in `dtype`, zero at masked tokens."""
     return out.masked_fill(~mask[:, None, :, None], 0.0).to(dtype)
+
+
+def three_blocks(x: Tensor, width: int) -> Tensor:
+    """Each block of `width` tokens with its neighbours, (b, h, blocks, 3 width, d); zeros or False beyond the ends."""
+    n = x.shape[2]
+    padded = F.pad(x, (0, 0, width, width + -n % width))
+    return padded.unfold(2, 3 * width, width).transpose(-1, -2)

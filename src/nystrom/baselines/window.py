@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nystrom._precision import full_precision
-from nystrom.baselines.tokens import finish, prepare
+from nystrom.baselines.tokens import finish, prepare, three_blocks
 
 
 def window_attention(
@@ -66,22 +66,18 @@ def _windows(
     ask = torch.arange(half, device=q.device)[:, None]
     answer = torch.arange(3 * half, device=q.device) - half  # both counted from the block's first token
     start = torch.arange(0, n, half, device=q.device)[:, None]
-    local = _three_blocks(mask[:, None, :, None], half)[:, :, 0, :, 0] & (start + answer >= num_global)
+    local = three_blocks(mask[:, None, :, None], half)[:, 0, ..., 0] & (start + answer >= num_global)
     visible = local[:, :, None] & ((ask - answer).abs() <= half)  # (b, blocks, half, 3 half)
     visible = visible | (ask == answer)  # padding sees itself, or there would be a NaN
     shared = mask[:, None, None, :num_global].expand(-1, *visible.shape[1:3], -1)
     visible = torch.cat([visible, shared], -1).flatten(0, 1)[:, None]
     keys, values = (
-        torch.cat([_three_blocks(x, half), x[:, None, :, :num_global].expand(-1, len(start), -1, -1, -1)], 3)
+        torch.cat(
+            [three_blocks(x, half).transpose(1, 2), x[:, None, :, :num_global].expand(-1, len(start), -1, -1, -1)], 3
+        )
         for x in (k, v)
     )
     queries = F.pad(q, (0, 0, 0, -n % half)).unflatten(2, (-1, half)).transpose(1, 2)  # (b, blocks, h, half, d)
     queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))  # a block as a sample of its own
     out = F.scaled_dot_product_attention(queries, keys, values, visible)
     return out.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)[:, :, :n]
-
-
-def _three_blocks(x: Tensor, length: int) -> Tensor:
-    """Each block of tokens with its neighbours, (b, blocks, h, 3 length, d); zeros or False beyond the ends."""
-    padded = F.pad(x, (0, 0, length, length + -x.shape[2] % length))
-    return padded.unfold(2, 3 * length, length).permute(0, 2, 1, 4, 3)

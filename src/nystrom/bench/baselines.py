@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nystrom.baselines.tokens import three_blocks
 from nystrom.landmarks import segment_means
 
 
@@ -75,10 +76,3 @@ def window(
     block_mask = reads.expand(-1, h, -1, -1).flatten(1, 2)[:, :, None]
     out = F.scaled_dot_product_attention(queries, keys, values, block_mask, scale=scale)
     return out.unflatten(1, (h, -1)).flatten(2, 3)[:, :, :n]
-
-
-def three_blocks(x: Tensor, width: int) -> Tensor:
-    """Each block of `width` tokens with its neighbours, (b, h, blocks, 3 width, d); zeros or False beyond the ends."""
-    n = x.shape[2]
-    padded = F.pad(x, (0, 0, width, width + -n % width))
-    return padded.unfold(2, 3 * width, width).transpose(-1, -2)
