@@ -354,12 +354,15 @@ LENGTHS = {
     "few keys": ([70, 9, 64, 0, 33, 70, 1, 48], 4),
     "some of many leaves": ([330, 301, 315, 290], 4),
     "cells of one key and of two": ([340, 318, 320, 325, 309], 10),
+    "far apart": ([170, 600, 340, 590], 10),
 }
 
 
+@pytest.mark.parametrize("apart", [residual.ALIKE, 1000], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize(("lengths", "m"), LENGTHS.values(), ids=LENGTHS.keys())
-def test_a_padded_batch_gives_what_each_sample_gives_alone(lengths, m):
-    """In groups of similar length, where clusters, candidates and cells must be those of the sample itself."""
+def test_a_padded_batch_gives_what_each_sample_gives_alone(lengths, m, apart, monkeypatch):
+    """In groups, where clusters, candidates and cells must be those of the sample itself."""
+    monkeypatch.setattr(residual, "ALIKE", apart)
     b, n = len(lengths), max(lengths) + 2
     inputs, mask = qkv(b, 2, n, 26), prefix_mask(lengths, n)
     options = dict(num_landmarks=m, top_k=9, window=8, block=8)

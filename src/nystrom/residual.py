@@ -36,7 +36,7 @@ NUMBERS = 2**27
 KEPT = 2**25
 """Numbers in all short lists up to which they are kept for the backward pass, and not made again."""
 ALIKE = 32
-"""Tokens by which samples differ at most that are worked through together (count)."""
+"""Tokens by which samples differ at most that a CPU works through together (count); others prefer few, large steps."""
 
 
 def residual_nystrom_attention(
@@ -196,12 +196,13 @@ def _by_length(
     key_mask: Bool[Tensor, "b s"],
     options: Options,
 ) -> Float[Tensor, "b g r n v"]:
-    """Samples of about the same length together, so that few slots are empty and a cell has no empty ones."""
+    """Samples of about the same length together, so that few slots are empty, and in the cells that each has alone."""
     lengths = list(zip(key_mask.sum(1).tolist(), query_mask.sum(1).tolist(), strict=True))
     order = sorted((i for i, pair in enumerate(lengths) if min(pair)), key=lengths.__getitem__)
+    apart = ALIKE if q.device.type == "cpu" else max(q.shape[3], k.shape[2]) + 1
     outs, place = [], torch.full((len(q),), len(order), device=q.device)  # the last: zeros
     while order:
-        group = sorted(i for i in order if _alike(lengths[i], lengths[order[0]], options.num_landmarks))
+        group = sorted(i for i in order if _alike(lengths[i], lengths[order[0]], options.num_landmarks, apart))
         order = [i for i in order if i not in group]
         index = torch.tensor(group, device=q.device)
         place[index] = torch.arange(len(group), device=q.device) + sum(len(out) for out in outs)
@@ -213,9 +214,9 @@ def _by_length(
     return torch.cat([*outs, v.new_zeros(1, *q.shape[1:4], v.shape[3])]).index_select(0, place)
 
 
-def _alike(one: tuple[int, int], other: tuple[int, int], num_clusters: int) -> bool:
-    """Whether samples of so many keys and queries are near in length and have cells of the same size."""
-    near = all(abs(x - y) < ALIKE for x, y in zip(one, other, strict=True))
+def _alike(one: tuple[int, int], other: tuple[int, int], num_clusters: int, apart: int) -> bool:
+    """Whether samples of so many keys and queries differ by fewer than `apart` and have cells of the same size."""
+    near = all(abs(x - y) < apart for x, y in zip(one, other, strict=True))
     return near and keys_per_cell(one[0], num_clusters) == keys_per_cell(other[0], num_clusters)
 
 
