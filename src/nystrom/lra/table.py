@@ -10,19 +10,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from nystrom.lra.tasks import PUBLISHED
+from nystrom.lra.tasks import NAMES, PUBLISHED
 from nystrom.report.collect import Cell, Placed, collect, placed, together
 from nystrom.report.page import made_with
-
-NAMES = {
-    "listops": "ListOps",
-    "text": "Text",
-    "retrieval": "Retrieval",
-    "aan-subset": "AAN subset",
-    "image": "Image",
-    "pathfinder32": "Pathfinder32",
-}
-"""Tasks as the table heads them, in its order; others come after."""
 
 
 @dataclass(frozen=True, kw_only=True)
