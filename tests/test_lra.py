@@ -354,14 +354,14 @@ def test_the_table_has_ours_beside_the_published(config, tmp_path, capsys):
     assert "| listops (accuracy) |" in capsys.readouterr().out
 
 
-def made(folder, kind="nystrom", **changed):
+def made(folder, kind="nystrom", task="listops", score=0.25, **changed):
     """A run folder as `lra` leaves it, to see how the table sets several side by side."""
     folder.mkdir(parents=True)
     own = {"steps": None, "budget": None, "lr": 1e-4, "preset": "paper", "num_landmarks": None, **changed}
     about = {"recipe": "lra", "config": {"attention": kind, "seed": 0, **own}, "environment": {}}
     count = own["steps"] or 321
-    found = {"task": "listops", "attention": kind, "seed": 0, "score": {"name": "accuracy", "value": 0.25}}
-    found |= {"scores": {"accuracy": 0.25}, "examples": {"train": 8}, "steps": count, "steps_of_the_authors": 5000}
+    found = {"task": task, "attention": kind, "seed": 0, "score": {"name": "accuracy", "value": score}}
+    found |= {"scores": {"accuracy": score}, "examples": {"train": 8}, "steps": count, "steps_of_the_authors": 5000}
     found |= {"examples_per_second": 40.0, "peak_memory": 2**21}
     for name, content in (("run.json", about), ("metrics.json", found)):
         (folder / name).write_text(json.dumps(content))
@@ -379,6 +379,21 @@ def test_runs_of_other_settings_do_not_hide_each_other_in_the_table(tmp_path, ca
     assert "| nystrom, num_landmarks default | 321, 40, 2 | 5,000, 40, 2 |" in said
     assert "| nystrom, num_landmarks 128 | 321, 40, 2 | – |" in said
     assert "preset clean" in said and "Not made alike" not in said
+
+
+def test_the_mean_over_tasks_is_of_kinds_that_made_all_of_them(tmp_path, capsys):
+    for kind, scores in {"nystrom": (0.30, 0.61), "linformer": (None, 0.40), "linear": (0.20, 0.50)}.items():
+        for task, score in zip(("listops", "text"), scores, strict=True):
+            if score is not None:
+                made(tmp_path / f"{task}-{kind}", kind, task, score)
+    cli.run(["lra", "table", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| attention | ListOps | Text | mean |" in said
+    ends = {(line.split(" | ")[0], line.rsplit(" | ", 1)[1]) for line in said.splitlines() if line.startswith("| ")}
+    published = (37.15 + 65.52) / 2
+    assert {("| nystrom", f"45.50 ({published:.2f}) |"), ("| linformer", "– |"), ("| linear", "35.00 |")} <= ends
+    cli.run(["lra", "table", str(tmp_path / "listops-nystrom"), str(tmp_path / "listops-linear")])
+    assert "mean" not in capsys.readouterr().out
 
 
 def test_runs_that_cannot_be_compared_are_named_under_the_table(tmp_path, capsys):

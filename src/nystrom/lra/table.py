@@ -6,6 +6,7 @@ nystrom lra table runs/ --out report/
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
@@ -89,11 +90,15 @@ def markdown(cells: list[Placed], unfinished: list[str]) -> str:
         rows = dict.fromkeys(one.column for one in own)
         heads = dict.fromkeys(_head(one) for one in sorted(own, key=lambda one: order.index(one.cell.task)))
         at = {(one.column, _head(one)): one.cell for one in own}
-        body = [[row, *(_cell(at.get((row, head))) for head in heads)] for row in rows]
-        cost = [[row, *(_cost(at.get((row, head))) for head in heads)] for row in rows]
+        across = {row: [at.get((row, head)) for head in heads] for row in rows}
+        body = [[row, *map(_cell, across[row])] for row in rows]
+        cost = [[row, *map(_cost, across[row])] for row in rows]
+        means = 1 < len({one.cell.task for one in own}) == len(heads)  # no mean over one task made in two ways
+        if means:
+            body = [[*one, _mean(across[one[0]])] for one in body]
         parts += [
             f"**Accuracy on the test set (per cent), preset {preset}; in brackets the published one**",
-            _grid(["attention", *heads], body),
+            _grid(["attention", *heads, *(["mean"] if means else [])], body),
             f"**Steps made, examples/s while training, and peak memory (MiB), preset {preset}**",
             _grid(["attention", *heads], cost),
         ]
@@ -121,6 +126,16 @@ def _cell(cell: Cell | None) -> str:
     spread = f" ± {100 * score['sd']:.2f}" if len(cell.runs) > 1 else ""
     steps = "" if done >= 1 else f" at {100 * done:.2g} % of the steps"
     return f"{100 * score['mean']:.2f}{spread}{steps}" + ("" if theirs is None else f" ({theirs:.2f})")
+
+
+def _mean(cells: list[Cell | None]) -> str:
+    """Over the tasks, where every one was run: kinds with and without a hard task do not compare."""
+    found = [one for one in cells if one is not None]
+    if len(found) < len(cells):
+        return "–"
+    theirs = [published(one) for one in found]
+    beside = "" if None in theirs else f" ({fmean(filter(None, theirs)):.2f})"
+    return f"{100 * fmean(one.score()['mean'] for one in found):.2f}{beside}"
 
 
 def _cost(cell: Cell | None) -> str:
