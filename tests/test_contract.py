@@ -209,7 +209,8 @@ def test_the_tables_of_runs_are_made_from_the_committed_ones():
     for own in found.values():
         assert overview(own) in page and made_with(own) in page
     assert details(found["pretraining"]) in page
-    assert lra_markdown(placed(together(collect([docs / "results" / "lra"])[0])), []) in page
+    for name in ("lra", "lra-gpu"):
+        assert lra_markdown(placed(together(collect([docs / "results" / name])[0])), []) in page, name
 
 
 def test_numbers_in_the_readme_are_those_of_the_committed_demo():
