@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import random
+import resource
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nystrom.data.lra import images, listops, retrieval, splits, text
+from nystrom.data.lra import cache, images, listops, retrieval, splits, text
 from nystrom.data.lra.sequences import Sequences, cached, make_collate
 
 SHARED = Path(os.environ.get("NYSTROM_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -91,6 +94,43 @@ def test_the_cache_gives_back_what_was_made_and_notices_damage(tmp_path):
         cached(path, {"seed": 1}, lambda: make(True), True)
 
 
+def test_runs_that_start_together_fill_one_cache(tmp_path):
+    program = """
+import sys, time
+import numpy as np
+from pathlib import Path
+from nystrom.data.lra import cache
+print("ready", flush=True), sys.stdin.readline()
+for _ in range(40):
+    cache.write(Path(sys.argv[1]), {"x": np.arange(200_000)}, {"seed": 0})
+"""
+    path = tmp_path / "both.npz"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, "-c", program, str(path)], **pipes) for _ in range(2)]
+    for one in both:
+        assert one.stdout.readline() == "ready\n"
+    for one in both:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    for one in both:
+        _, told = one.communicate(timeout=120)
+        assert one.returncode == 0, told
+    arrays, made = cache.read(path, ["x"])
+    assert np.array_equal(arrays["x"], np.arange(200_000)) and made == {"seed": 0}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cache_that_cannot_be_written_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            cache.write(tmp_path / "x.npz", {"x": np.arange(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Text
 
 
@@ -136,10 +176,15 @@ def test_published_pairs_are_read_and_bad_rows_named(tmp_path):
         path.write_bytes(b"\n".join([*lines, bad]) + b"\n")
         with pytest.raises(ValueError, match=message):
             retrieval.read(tmp_path, "train", 5)
+    path.write_bytes(b"\n".join([*lines, b"1\ta\tb\tone\ttw"]))
+    with pytest.raises(
+        ValueError, match=r"train\.tsv, line 3: the file ends within the line, .* or end the line if it is"
+    ):
+        retrieval.read(tmp_path, "train", 5)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"train\.tsv: no pairs in this file"):
         retrieval.read(tmp_path, "train", 5)
-    path.write_bytes(lines[0])
+    path.write_bytes(lines[0] + b"\n")
     with pytest.raises(FileNotFoundError, match="eval"):
         splits.papers(tmp_path, 5)
 
@@ -204,6 +249,16 @@ def test_bad_papers_are_named(papers, tmp_path):
     (tmp_path / "acl.txt").write_text("P00-1000 , P00-1001\nP00-1002\n")
     with pytest.raises(ValueError, match=r"acl\.txt, line 2: got 'P00-1002', not 'citing , cited'"):
         retrieval.build(tmp_path, "train", 9)
+    (tmp_path / "acl.txt").write_bytes(b"P00-1000 , P00-1001\nP00-1002 , P00\xff\n")
+    with pytest.raises(ValueError, match=r"acl\.txt, line 2: not UTF-8 text .*; get it again"):
+        retrieval.build(tmp_path, "train", 9)
+    (tmp_path / "acl.txt").write_text("P00-1000 , P00-1001\nP00-1002 , P0")
+    with pytest.raises(ValueError, match=r"acl\.txt, line 2: the file ends within the line"):
+        retrieval.build(tmp_path, "train", 9)
+    (tmp_path / "A00-1000.xml").write_text('<PAPER><S sid="0">the beginn')
+    with pytest.raises(ValueError, match=r"A00-1000\.xml: ends in .*the beginn', not in </PAPER>: cut short"):
+        retrieval.build(tmp_path, "train", 9)
+    (tmp_path / "A00-1000.xml").unlink()
     (tmp_path / "acl.txt").write_text("P00-1000 , P00-1001\n")
     with pytest.raises(ValueError, match="citations between its papers are too few to train on"):
         retrieval.build(tmp_path, "train", 9)
@@ -268,6 +323,22 @@ def test_official_batches_are_read_in_order(kind, packed, tmp_path):
     found = splits.pictures(data)
     assert [len(part) for part in found[1:]] == [18, 2, 4]
     assert np.array_equal(np.stack([*found.train.first, *found.dev.first]), train.pixels)  # the last ones are aside
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_that_is_there_twice_is_not_read_twice(packed, tmp_path):
+    """Or the last tenth of the training pictures would be copies of others."""
+    for kind in ("bin", "py"):
+        write_batches(tmp_path / f"cifar-10-batches-{kind}", kind)
+    data = tmp_path
+    if packed:
+        data = tmp_path / "cifar.tar.gz"
+        with tarfile.open(data, "w:gz") as archive:
+            for kind in ("bin", "py"):
+                archive.add(tmp_path / f"cifar-10-batches-{kind}", arcname=f"cifar-10-batches-{kind}")
+    with pytest.raises(ValueError, match=r"data_batch_1 is there more than once: .*batch.*, .*batch.*; keep one"):
+        images.read(data, "train")
+    assert len(images.read(tmp_path / "cifar-10-batches-py", "train").labels) == 20
 
 
 def test_the_hubs_rows_are_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ _DAMAGE = (ValueError, OSError, EOFError, KeyError, NotImplementedError, zipfile
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], made: Mapping[str, Any]) -> None:
-    """Write the whole file or none; numpy can read it too.
+    """Write the whole file or none; numpy can read it too. Several processes may write it at once: the last one stays.
 
     Args:
         path: ends with .npz; one that is there is replaced.
@@ -23,10 +24,13 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], made: Mapping[str, Any])
     """
     about = json.dumps({"made": made, "checksum": _checksum(arrays)})
     content: dict[str, Any] = {_ABOUT: np.array(about), **arrays}
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **content)
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read(path: Path, names: Collection[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -3,7 +3,7 @@
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ def read(data: Path | None, split: str) -> Pictures:
     Raises:
         FileNotFoundError: no such path, or nothing of the split in it.
         OSError: the hub is out of reach.
-        ValueError: no such split; a file is damaged, truncated or of another kind; a label is none of 0 to 9.
+        ValueError: no such split; a file is damaged, truncated or of another kind, or there twice; a label is none of 0
+            to 9.
     """
     if split not in SPLITS:
         raise ValueError(f"CIFAR-10 has no split {split!r}; it has {', '.join(SPLITS)}")
@@ -55,7 +56,7 @@ def read(data: Path | None, split: str) -> Pictures:
         if files := hub.parquet_files(folder, split):
             return _from_hub(hub.read_parquet(files, ("img", "label")), f"{folder}, {split}")
     folders = (data, data / "cifar-10-batches-py", data / "cifar-10-batches-bin")
-    return _join((batch for folder in folders for batch in _folder(folder, split)), data, split)
+    return _join(_in_folders(folders, split), data, split)
 
 
 def grey(pixels: np.ndarray) -> np.ndarray:
@@ -73,22 +74,42 @@ def _join(batches: Iterable[Pictures], data: Path, split: str) -> Pictures:
     return Pictures(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def _folder(folder: Path, split: str) -> Iterable[Pictures]:
-    for place, name in enumerate(BATCHES[split]):
-        for suffix, parse in _PARSERS.items():
-            if (path := folder / f"{name}{suffix}").is_file():
-                yield parse(path.read_bytes(), str(path))
-        if (path := folder / f"{name}.png").is_file():
-            yield _sheet(path, folder / LABELS[split], place)
+def _in_folders(folders: Iterable[Path], split: str) -> Iterable[Pictures]:
+    files = {
+        name: [
+            path
+            for folder in folders
+            for suffix in (*_PARSERS, ".png")
+            if (path := folder / f"{name}{suffix}").is_file()
+        ]
+        for name in BATCHES[split]
+    }
+    _check_once(files)
+    for place, paths in enumerate(files.values()):
+        for path in paths:
+            if path.suffix == ".png":
+                yield _sheet(path, path.parent / LABELS[split], place)
+            else:
+                yield _PARSERS[path.suffix](path.read_bytes(), str(path))
+
+
+def _check_once(files: Mapping[str, Sequence[object]]) -> None:
+    """Two copies of a batch would make one example a training and a dev example."""
+    for name, found in files.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"{name} is there more than once: {', '.join(map(str, found))}; keep one, or name its folder"
+            )
 
 
 def _archived(data: Path, split: str) -> Iterable[Pictures]:
     parsers = {f"{name}{suffix}": parse for name in BATCHES[split] for suffix, parse in _PARSERS.items()}
-    found = {
-        (bare := file.rpartition("/")[2]): parsers[bare](content, f"{data}: {file}")
-        for file, content in archives.read(data, lambda name: name.rpartition("/")[2] in parsers)
-    }
-    return [found[name] for name in sorted(found)]
+    found: dict[str, dict[str, Pictures]] = {name: {} for name in BATCHES[split]}
+    for file, content in archives.read(data, lambda name: name.rpartition("/")[2] in parsers):
+        bare = file.rpartition("/")[2]
+        found[bare.removesuffix(".bin")][f"{data}: {file}"] = parsers[bare](content, f"{data}: {file}")
+    _check_once({name: list(copies) for name, copies in found.items()})
+    return [batch for copies in found.values() for batch in copies.values()]
 
 
 def _binary(content: bytes, where: str) -> Pictures:

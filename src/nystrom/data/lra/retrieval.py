@@ -26,6 +26,7 @@ PARTS = {"train": 0.8, "dev": 0.1, "test": 0.1}
 """Of the citing papers."""
 LEAST = 1000
 """Characters of a paper's text; shorter ones are left out."""
+_CUT = "the file ends within the line, as one that was cut short does"
 PAPER = re.compile(r"(?:.*/)?([A-Z]\d\d-\d{4})\.xml")
 
 
@@ -39,13 +40,15 @@ def read(data: Path, split: str, length: int) -> Sequences:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: a row has other than five columns, another label than 0 or 1, or an empty text; the message names
-            file and line.
+        ValueError: a row has other than five columns, another label than 0 or 1, or an empty text, or does not end; the
+            message names file and line.
     """
     path = data / FILES[split]
     first, second, labels = [], [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number}: {_CUT}; get it again, or end the line if it is whole")
             columns = line.rstrip(b"\r\n").split(b"\t")
             if len(columns) != 5:
                 raise ValueError(f"{path}, line {number}: got {len(columns)} columns, not label, two ids and two texts")
@@ -73,7 +76,8 @@ def build(data: Path, split: str, length: int, seed: int = 0) -> Sequences:
 
     Raises:
         FileNotFoundError: papers or citations are missing.
-        ValueError: a line of acl.txt is not two ids; an archive is damaged; too few citations between the papers.
+        ValueError: a line of acl.txt is not two ids, not UTF-8, or does not end; a paper does not end in </PAPER>; an
+            archive is damaged; too few citations between the papers.
     """
     texts = dict(_papers(data))
     if not texts:
@@ -110,6 +114,8 @@ def _paper(name: str, content: bytes, where: str) -> Iterator[tuple[str, str]]:
         xml = content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason}); get it again") from None
+    if not xml.rstrip().endswith("</PAPER>"):
+        raise ValueError(f"{where}: ends in {xml[-20:]!r}, not in </PAPER>: cut short; get it again")
     text = "\n".join(unescape(unescape(part)) for part in re.findall(r"<S\b[^>]*>([^<]*)</S>", xml))
     if len(text) >= LEAST:
         yield name, text
@@ -118,11 +124,16 @@ def _paper(name: str, content: bytes, where: str) -> Iterator[tuple[str, str]]:
 def _citations(path: Path, known: dict[str, str]) -> list[tuple[str, str]]:
     """Those between the papers, each once, sorted."""
     found = set()
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            ids = [part.strip() for part in line.split(",")]
+            if not line.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number}: {_CUT}; get it again, or end the line if it is whole")
+            try:
+                ids = [part.strip() for part in line.decode().split(",")]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text ({error.reason}); get it again") from None
             if len(ids) != 2 or not all(ids):
-                raise ValueError(f"{path}, line {number}: got {line.rstrip()!r:.60}, not 'citing , cited'")
+                raise ValueError(f"{path}, line {number}: got {line.decode().rstrip()!r:.60}, not 'citing , cited'")
             one, two = ids
             if one in known and two in known and one != two:
                 found.add((one, two))
