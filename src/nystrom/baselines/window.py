@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nystrom._precision import full_precision
@@ -29,7 +29,7 @@ def window_attention(
         value: what they hold; its width may differ.
         mask: True = takes part.
         window: tokens read beside the token itself, half of them on either side (count, even).
-        num_global: the first so many tokens read all and are read by all.
+        num_global: the first so many tokens that take part read all and are read by all.
 
     Raises:
         ValueError: window is odd or below 2; num_global is negative; shapes or dtypes disagree; mask is not bool
@@ -44,13 +44,18 @@ def window_attention(
     with full_precision(query.device):
         q, k, v, mask = prepare(query, key, value, mask)
         n = q.shape[2]
-        num_global = min(num_global, n)
-        out = _windows(q, k, v, mask, min(window // 2, n), num_global)
+        first = mask.long().argsort(dim=-1, descending=True, stable=True)[:, :num_global]
+        out = _windows(q, k, v, mask, min(window // 2, n), first)
         if num_global:
             reads = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # without a key all, or there would be a NaN
-            everything = F.scaled_dot_product_attention(q[:, :, :num_global], k, v, reads)
-            out = torch.cat([everything, out[:, :, num_global:]], 2)
+            everything = F.scaled_dot_product_attention(_at(q, first), k, v, reads)
+            out = out.scatter(2, first[:, None, :, None].expand(everything.shape), everything)
         return finish(out, mask, value.dtype)
+
+
+def _at(x: Float[Tensor, "b h n w"], places: Int[Tensor, "b g"]) -> Float[Tensor, "b h g w"]:
+    """Those of each sample's own tokens."""
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _windows(
@@ -59,21 +64,20 @@ def _windows(
     v: Float[Tensor, "b h n v"],
     mask: Bool[Tensor, "b n"],
     half: int,
-    num_global: int,
+    first: Int[Tensor, "b g"],
 ) -> Float[Tensor, "b h n v"]:
     """Each token reads those up to `half` away and the global ones, in blocks of `half` tokens."""
     b, n = q.shape[0], q.shape[2]
     ask = torch.arange(half, device=q.device)[:, None]
     answer = torch.arange(3 * half, device=q.device) - half  # both counted from the block's first token
-    start = torch.arange(0, n, half, device=q.device)[:, None]
-    local = three_blocks(mask[:, None, :, None], half)[:, 0, ..., 0] & (start + answer >= num_global)
+    local = three_blocks(mask.scatter(1, first, False)[:, None, :, None], half)[:, 0, ..., 0]
     visible = local[:, :, None] & ((ask - answer).abs() <= half)  # (b, blocks, half, 3 half)
     visible = visible | (ask == answer)  # padding sees itself, or there would be a NaN
-    shared = mask[:, None, None, :num_global].expand(-1, *visible.shape[1:3], -1)
+    shared = mask.gather(1, first)[:, None, None].expand(-1, *visible.shape[1:3], -1)
     visible = torch.cat([visible, shared], -1).flatten(0, 1)[:, None]
     keys, values = (
         torch.cat(
-            [three_blocks(x, half).transpose(1, 2), x[:, None, :, :num_global].expand(-1, len(start), -1, -1, -1)], 3
+            [three_blocks(x, half).transpose(1, 2), _at(x, first)[:, None].expand(-1, local.shape[1], -1, -1, -1)], 3
         )
         for x in (k, v)
     )
