@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from nystrom import _choice, _cpu, _tree, models, nystrom_attention, residual, residual_nystrom_attention
@@ -1003,3 +1005,29 @@ def test_the_backward_pass_keeps_short_lists_up_to_a_limit(masked, monkeypatch):
     assert 4 * inputs < few < 4 * inputs + 2 * (4 * 2**21)
     assert short < 4 * 2 * inputs
     assert long < 2.1 * short
+
+
+def numbers_made(n: int, masked: bool) -> int:
+    """Bytes of all tensors that the forward pass makes on its way, views aside."""
+
+    class Made(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            for x in tree_leaves(out):
+                if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                    self.total += x.untyped_storage().nbytes()
+            return out
+
+    query, key, value = torch.randn(3, 1, 1, n, 8).unbind()
+    with Made() as made, torch.no_grad():
+        residual_nystrom_attention(query, key, value, prefix_mask([n - 5], n) if masked else None, num_landmarks=32)
+    return made.total
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_work_grows_with_the_length_and_not_its_square(masked):
+    short, long = (numbers_made(n, masked) for n in (8192, 32768))
+    assert long < 1.15 * 4 * short  # the number of candidates goes in steps of a leaf

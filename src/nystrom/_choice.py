@@ -45,6 +45,8 @@ class Keys(NamedTuple):
     leaves: Float[Tensor, "b leaves r"]
     """Means of leaves of `x`."""
     no_leaf: Bool[Tensor, "b2 leaves"] | None
+    tokens: Int[Tensor, "b slots"]
+    """As in `Tree`."""
     slot_of_token: Int[Tensor, "b s"]
     total: Int[Tensor, "b2 1"]
     """Tokens that take part (count)."""
@@ -69,7 +71,9 @@ def lay_out(k: Float[Tensor, "b s d"], v: Float[Tensor, "b s v"], tree: Tree) ->
         slot_of_token = torch.zeros(b, s + 1, dtype=torch.long, device=k.device).scatter(1, token, slot)[:, :s]
     no_leaf = None if tree.exists is None else leaf_counts == 0
     sizes = tree.total, tree.fewest
-    return Keys(table, tree.exists, cells, log_counts, x, leaves, no_leaf, slot_of_token, *sizes, tree.axes)
+    return Keys(
+        table, tree.exists, cells, log_counts, x, leaves, no_leaf, tree.tokens, slot_of_token, *sizes, tree.axes
+    )
 
 
 def _means(
@@ -99,11 +103,10 @@ def choose(
     """
     b, blocks, block, _ = q.shape
     s, slots = keys.slot_of_token.shape[1], keys.table.shape[1]
-    token = before[..., None] + torch.arange(window, device=q.device) - (window - block) // 2
+    first = before[..., None] - (window - block) // 2
+    token = first + torch.arange(window, device=q.device)
     inside = (token >= 0) & (token < keys.total[..., None])
     own = keys.slot_of_token.gather(1, token.clamp(0, s - 1).flatten(1)).view(token.shape)
-    hidden = torch.zeros(b, blocks, slots + 1, dtype=torch.bool, device=q.device)  # the last: of tokens outside
-    hidden = hidden.scatter(2, torch.where(inside, own, slots), True)
 
     x = (q.flatten(1, 2) @ keys.axes).unflatten(1, (blocks, block))
     probes = torch.stack([part.mean(2) for part in x.split(PROBE, dim=2)], 2)  # (b, blocks, probes, r)
@@ -118,7 +121,8 @@ def choose(
 
     slot = (leaves[..., None] * leaf + torch.arange(leaf, device=q.device)).flatten(2)  # (b, blocks, candidates)
     x_near = rows(keys.x.unflatten(1, (-1, leaf)).flatten(2), leaves).flatten(2).unflatten(2, (slot.shape[2], -1))
-    logits, hidden = x @ x_near.mT, hidden.gather(2, slot)
+    logits, token = x @ x_near.mT, keys.tokens.gather(1, slot.flatten(1)).view(slot.shape)
+    hidden = (token >= first) & (token < first + window)
     if keys.exists is not None:
         empty = ~keys.exists[:, None].expand(b, blocks, slots).gather(2, slot)
         if keys.fewest < s:  # larger sets look at fewer leaves
