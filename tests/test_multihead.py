@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import nystrom.multihead
@@ -160,11 +161,29 @@ def test_query_padding_mask_keeps_queries_out_of_the_landmarks():
     assert not torch.allclose(ours(query, key, value, need_weights=False)[0][1, :11], alone[0], atol=1e-3)
     additive_mask = ours(query, key, value, need_weights=False, query_padding_mask=additive(ignore))[0]
     assert torch.equal(additive_mask, got)
-    key, value = key[:, :13].repeat(1, 3, 1)[:, :29], value.repeat(1, 2, 1)[:, :29]  # as long as query: self-attention
-    default = ours(query, key, value, ignore, need_weights=False)[0]
-    assert torch.equal(ours(query, key, value, ignore, need_weights=False, query_padding_mask=ignore)[0], default)
-    none = ours(query, key, value, ignore, need_weights=False, query_padding_mask=torch.zeros_like(ignore))[0]
-    assert not torch.allclose(none[1], default[1], atol=1e-3)
+    key, value = (
+        key[:, :13].repeat(1, 3, 1)[:, :29],
+        value.repeat(1, 2, 1)[:, :29],
+    )  # as long as query, and still others
+    default = ours(query, key, value, ignore)
+    every = ours(query, key, value, ignore, query_padding_mask=torch.zeros_like(ignore))
+    assert all(map(torch.equal, default, every))
+    some = ours(query, key, value, ignore, need_weights=False, query_padding_mask=ignore)[0]
+    assert not torch.allclose(some[1], default[0][1], atol=1e-3)
+    itself = ours(query, query, query, ignore, need_weights=False)[0]
+    some = ours(query, query, query, ignore, need_weights=False, query_padding_mask=ignore)[0]
+    assert torch.equal(itself, some)
+
+
+def test_a_memory_as_long_as_the_input_is_no_self_attention():
+    """A decoder's padded memory: whether the lengths happen to be equal changes little."""
+    decoder = nn.TransformerDecoderLayer(16, 4, 24, 0.0, batch_first=True, dtype=F64).eval()
+    decoder.multihead_attn = MultiheadAttention.from_torch(decoder.multihead_attn, num_landmarks=9)
+    x, memory = torch.randn(1, 9, 16, dtype=F64), torch.randn(1, 9, 16, dtype=F64)
+    ignore = padding([4], 9)
+    whole = decoder(x, memory, memory_key_padding_mask=ignore)
+    longer = decoder(x, F.pad(memory, (0, 0, 0, 1)), memory_key_padding_mask=F.pad(ignore, (0, 1), value=True))
+    torch.testing.assert_close(whole, longer, rtol=1e-9, atol=1e-9)
 
 
 def test_sample_without_keys_gives_the_bias():

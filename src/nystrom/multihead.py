@@ -163,7 +163,7 @@ class MultiheadAttention(nn.Module):
             average_attn_weights: return the mean weights over the heads, (b, n, s), and not (b, h, n, s).
             is_causal: must be False.
             query_padding_mask: (b, n), or (n) unbatched, as key_padding_mask: queries to keep out of the landmarks.
-                Default: the ignored keys where n = s (self-attention), otherwise none.
+                Default: the ignored keys in self-attention, where query and key are one tensor; otherwise none.
 
         Returns:
             The output, shaped as query, and the weights or None. The weights are the matrix that the landmarks stand
@@ -185,7 +185,7 @@ class MultiheadAttention(nn.Module):
                 )
             return self._nested(query), None
         _check_states((query, key, value), (self.embed_dim, self.kdim, self.vdim), self.batch_first)
-        unbatched = query.ndim == 2
+        unbatched, self_attention = query.ndim == 2, query is key
         batch_axis = 0 if unbatched or self.batch_first else 1
         query, key, value = (
             x.unsqueeze(0) if unbatched else x.transpose(0, batch_axis) for x in (query, key, value)
@@ -200,6 +200,10 @@ class MultiheadAttention(nn.Module):
         key_mask = given[0] & given[-1] if given else None
         query_shape = ((b, n)[unbatched:], (b, 1, 1, n))
         query_mask = _take_part("query_padding_mask", query_padding_mask, [query_shape], b, n, n)
+        if (
+            query_mask is None and key_mask is not None and n == s and not self_attention
+        ):  # the op would take it for that
+            query_mask = query.new_ones(b, n, dtype=torch.bool)
         q, k, v = self._project(query, key, value)
         output = self._attend(q, k, v, (key_mask, query_mask)).transpose(0, batch_axis)
         weights = self._weights(q, k, (key_mask, query_mask), average_attn_weights) if need_weights else None
