@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import recursively_apply
+from accelerate.utils import broadcast_object_list, recursively_apply
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
@@ -70,7 +70,8 @@ def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
 
 class Clock(TrainerCallback, ExportableState):
     """Seconds spent in training steps, evaluation and saving not counted, those before a resume included; every entry
-    of the log gets them too.
+    of the log gets them too. Of several processes all go by the clock of the first: what follows the clock, the
+    learning rate or the end, must be the same in each.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,8 @@ class Clock(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds += time.monotonic() - self._begin
+        passed = [time.monotonic() - self._begin]
+        self.seconds += broadcast_object_list(passed)[0]
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history[-1]["seconds"] = round(self.seconds, 3)
