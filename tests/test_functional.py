@@ -429,6 +429,7 @@ REFUSED = {
     "mask rank": (dict(attn_mask=torch.ones(2, 1, 35) > 0), r"got shape \(2, 1, 35\)"),
     "mask dtype": (dict(attn_mask=torch.ones(2, 35).long()), r"attn_mask must be bool .* got torch.int64"),
     "mask by query": (dict(attn_mask=torch.ones(2, 1, 35, 35).tril() > 0), r"\(2, 1, 35, 35\).* vary by query"),
+    "mask of other heads": (dict(attn_mask=torch.ones(2, 7, 1, 35) > 0), r"got shape \(2, 7, 1, 35\) .* and 3 heads"),
     "mask by head": (dict(attn_mask=torch.rand(2, 3, 1, 35) > 0.5), r"vary by head"),
     "bias": (
         dict(attn_mask=-torch.rand(2, 35)),

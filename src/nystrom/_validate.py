@@ -63,15 +63,18 @@ def check_options(
             raise ValueError(f"{name} must be an integer of at least 1: got {count!r}")
 
 
-def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int) -> Bool[Tensor, "b s"]:
+def key_padding_mask(attn_mask: Tensor, b: int, n: int, s: int, h: int | None = None) -> Bool[Tensor, "b s"]:
     """`attn_mask` as bool (b, s), True = take part; ValueError if it says anything a key-padding mask cannot say.
 
-    Accepted shapes: (b, s), (b, 1, 1, s), (1, 1, 1, s), and (b, 1, n, s) or (b, h, n, s) whose rows are all equal.
+    Accepted shapes: (b, s), (b, 1, 1, s), and (b, 1, n, s) or (b, h, n, s) whose rows are all equal; 1 for b. Without
+    `h` (count) the number of heads is not checked.
     Accepted dtypes: bool, or floating point holding only 0 (take part) and values <= -1e4 (masked).
     """
     mask = attn_mask[:, None, None, :] if attn_mask.ndim == 2 else attn_mask
     if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[3] != s or mask.shape[2] not in (1, n):
         raise ValueError(f"{KEY_PADDING_RULE}: {_mask_sizes(attn_mask, b, n, s)}")
+    if h is not None and mask.shape[1] not in (1, h):
+        raise ValueError(f"{KEY_PADDING_RULE}: {_mask_sizes(attn_mask, b, n, s)}, and {h} heads")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attn_mask must be bool (True = take part) or additive float: got {mask.dtype}; use .bool()")
     for axis, word in ((1, "head"), (2, "query")):

@@ -82,17 +82,18 @@ def nystrom_attention(
         key: what the s tokens answer to, per head; s may differ from n (cross-attention).
         value: what the s tokens hold; its width may differ from key's.
         attn_mask: which keys take part: bool (True = takes part) or additive float (0, or <= -1e4 for masked), of
-            shape (b, s), (b, 1, 1, s), (1, 1, 1, s), or (b, 1, n, s) with equal rows. A 2-D mask is read as (b, s),
-            where SDPA would read (n, s). A masked key adds nothing to any landmark or output, whatever it holds, so
-            long as its logits are finite; in the backward pass of torch's fused kernels a padded query with logits
-            beyond about 1e6 can overflow into NaN.
+            shape (b, s), (b, 1, 1, s), or (b, 1, n, s) with equal rows; 1 for b is all samples. A 2-D mask is read as
+            (b, s), where SDPA would read (n, s). A masked key adds nothing to any landmark or output, whatever it
+            holds, so long as its logits are finite; in the backward pass of torch's fused kernels a padded query with
+            logits beyond about 1e6 can overflow into NaN.
         dropout_p: probability with which a query's weight on a landmark (an entry of `left`) is zeroed; the others
             are scaled by 1 / (1 - dropout_p), so the expected output is unchanged. Applied whenever it is above 0.
         is_causal: must be False; landmarks average over the future.
         scale: factor on the logits of all three softmaxes; default 1 / √d.
         enable_gqa: let each of g key/value heads serve h / g consecutive query heads.
-        query_mask: which queries are real, i.e. enter the query landmarks. Default: the key mask where n = s
-            (self-attention), otherwise every query. The outputs of masked queries are finite and mean nothing.
+        query_mask: which queries are real, i.e. enter the query landmarks. Default: the key mask where n = s, which is
+            taken for self-attention, otherwise every query; give it in cross-attention of equal lengths. The outputs of
+            masked queries are finite and mean nothing.
         num_landmarks: m, segments per sample (count). Where a sample has fewer than m valid tokens, each of them is a
             landmark and the surplus ones carry no weight.
         num_pinv_iters: steps of the inverse, for "iterative" (default 6) and "chebyshev" (default 7) alone. A
@@ -153,7 +154,7 @@ def summarise(
     """Landmarks of the valid queries and keys (eq 16)."""
     b, h, n, d = query.shape
     g, s = key.shape[1:3]
-    key_mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, s)
+    key_mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, s, h)
     if query_mask is not None:
         check_token_mask("query_mask", query_mask, b, n)
     elif n == s:

@@ -57,8 +57,11 @@ def residual_nystrom_attention(
 ) -> Float[Tensor, "b h n v"]:
     """Approximate softmax attention by exact weights on a few keys and clusters for the rest, in linear time.
 
-    Several times closer to exact attention than `nystrom_attention`, at several times its cost: per query
-    top_k + window + num_landmarks keys. Time O(b h n (d (top_k + window + m) + log² s)), the choice of keys included.
+    On a sentence encoder two (4096 tokens) to nine times (512) closer to exact attention than `nystrom_attention`, at
+    several times its cost (docs/results.md): per query top_k + window + num_landmarks keys.
+
+    Time O(b h n (d (top_k + window + m) + log² s)), the choice of keys included; past s = 2048 m the choice looks at
+    s / (8 m) candidates and no longer at about 256, so let m grow with the length.
     Memory beyond the output is O(b h n d), in the backward pass as well: it runs each head's forward again, where the
     lists are too long to be kept. Where so few keys are read one by one anyway (with the defaults, up to 96), this is
     softmax attention by definition, and computed so.
@@ -72,7 +75,8 @@ def residual_nystrom_attention(
         is_causal: must be False.
         scale: factor on the logits.
         enable_gqa: let each key/value head serve several query heads.
-        query_mask: which queries are real. Default: the key mask where n = s, otherwise all. Masked ones get zeros.
+        query_mask: which queries are real; masked ones get zeros. Default: the key mask where n = s, taken for
+            self-attention, otherwise all; give it in cross-attention of equal lengths.
         num_landmarks: m, clusters of keys (count).
         top_k: keys chosen for a block, beside the window (count).
         window: tokens around each block, its own among them, that it reads exactly (count). Default: its own alone
@@ -81,8 +85,9 @@ def residual_nystrom_attention(
 
     Returns:
         The attended values, in value's dtype; all arithmetic is in float32 or wider. A sample without a valid key
-        gives zeros. Outside `torch.func` padding changes a sample's result by rounding alone; inside, the cells and
-        the candidates follow the padded length.
+        gives zeros. Outside `torch.func` padding changes a sample's result by rounding alone. Inside, where lengths
+        cannot be read, cells and candidates follow the padded length: the more padding, the less accurate, also where
+        few real keys would make it exact.
 
     Raises:
         ValueError: a window where n differs from s; a count out of range; and as `nystrom_attention`.
@@ -101,7 +106,7 @@ def residual_nystrom_attention(
     if window is None:
         window = block if n == s else 0
     options = _checked(Options(num_landmarks, top_k, window, block, dropout_p), n, s)
-    key_mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, s)
+    key_mask = None if attn_mask is None else key_padding_mask(attn_mask, b, n, s, h)
     if query_mask is not None:
         check_token_mask("query_mask", query_mask, b, n)
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -112,7 +112,7 @@ def summarise(
     """
     found = _check(query, key, value, asked, group)
     (b, h, n, d), (g, s) = query.shape, key.shape[1:3]
-    key_mask = None if asked.attn_mask is None else key_padding_mask(asked.attn_mask, b, n, s)
+    key_mask = None if asked.attn_mask is None else key_padding_mask(asked.attn_mask, b, n, s, h)
     self_attention = all(one["n"] == one["s"] for one in found)
     query_mask = asked.query_mask
     if query_mask is None and self_attention:
@@ -172,7 +172,7 @@ def _check(
         b, h, n, d = query.shape
         s = key.shape[2]
         if asked.attn_mask is not None:
-            key_padding_mask(asked.attn_mask, b, n, s)
+            key_padding_mask(asked.attn_mask, b, n, s, h)
         if asked.query_mask is not None:
             check_token_mask("query_mask", asked.query_mask, b, n)
         grads = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
