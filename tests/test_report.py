@@ -293,11 +293,15 @@ def test_a_damaged_file_is_named(file, content, said, runs):
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     metrics = json.loads((lay(tmp_path / "run", "softmax", 0.5) / "metrics.json").read_text())
-    for score in (float("nan"), "0.5", None):
+    for score, said in (
+        (float("nan"), "a score that is not finite"),
+        ("0.5", "not the numbers"),
+        (None, "not the numbers"),
+    ):
         spoilt = copy.deepcopy(metrics)
         spoilt["scores"]["loss"] = score
         write(tmp_path / "run" / "metrics.json", spoilt)
-        with pytest.raises(ValueError, match=r"run/metrics.json: not the numbers of a run"):
+        with pytest.raises(ValueError, match=f"run/metrics.json: {said}"):
             run(Report(dirs=(tmp_path,)))
 
 

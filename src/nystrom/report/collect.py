@@ -127,16 +127,17 @@ def _of_seeds(folder: Path, about: dict[str, Any], seeds: list[int]) -> tuple[li
 def _run(folder: Path, about: dict[str, Any], metrics: dict[str, Any], path: Path) -> Run:
     """A run whose numbers are there, as `path` has them."""
     kind, score, scores = metrics.get("attention"), metrics.get("score"), metrics.get("scores")
-    found = (score.get("value"), *scores.values()) if isinstance(score, dict) and isinstance(scores, dict) else (None,)
-    if kind not in READ_BY or not {"task", "seed"} <= metrics.keys() or not all(map(_finite, found)):
+    found: list[Any] = (
+        [score.get("value"), *scores.values()] if isinstance(score, dict) and isinstance(scores, dict) else [None]
+    )
+    numbers = all(isinstance(value, int | float) for value in found)
+    if kind not in READ_BY or not {"task", "seed"} <= metrics.keys() or not numbers:
         raise ValueError(f"{path}: not the numbers of a run: task, attention, seed, score and scores must be in it")
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{path}: a score that is not finite, as a run that diverged leaves it; remove the folder")
     left_out = NOT_COMPARED | (OF_ATTENTION - READ_BY[kind])
     settings = {name: value for name, value in about["config"].items() if name not in left_out}
     return Run(folder, about["recipe"], settings, about.get("environment", {}), metrics)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def together(runs: Iterable[Run]) -> list[Cell]:
