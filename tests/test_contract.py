@@ -23,6 +23,7 @@ import nystrom.spectral
 from nystrom import environment
 from nystrom.bench.table import markdown, read
 from nystrom.lra.table import markdown as lra_markdown
+from nystrom.lra.table import place
 from nystrom.report.collect import collect, placed, together
 from nystrom.report.page import details, made_with, overview
 
@@ -210,7 +211,7 @@ def test_the_tables_of_runs_are_made_from_the_committed_ones():
         assert overview(own) in page and made_with(own) in page
     assert details(found["pretraining"]) in page
     for name in ("lra", "lra-gpu"):
-        assert lra_markdown(placed(together(collect([docs / "results" / name])[0])), []) in page, name
+        assert lra_markdown(place(collect([docs / "results" / name])[0]), []) in page, name
 
 
 def test_numbers_in_the_readme_are_those_of_the_committed_demo():

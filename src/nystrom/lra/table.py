@@ -4,6 +4,7 @@ nystrom lra table runs/ --out report/
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,9 +12,14 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from nystrom.lra.tasks import NAMES, PUBLISHED
-from nystrom.report.collect import Cell, Placed, collect, placed, together
+from nystrom.lra.kinds import DEFAULTS
+from nystrom.lra.tasks import NAMES, PUBLISHED, task_of
+from nystrom.report.collect import Cell, Placed, Run, collect, placed, shown, together
 from nystrom.report.page import made_with
+
+USUAL = {"budget": None, "batch_size": None, "gradient_accumulation": 1, "lr": 1e-4, "max_grad_norm": None}
+USUAL |= {"group_lengths": None, "precision": "auto"}
+"""Settings that are named under the table where they are not the preset's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ def run(config: Table) -> None:
     if not config.dirs:
         raise ValueError("name a folder of runs, or several: nystrom lra table runs/")
     found, unfinished = collect(config.dirs)
-    cells = placed(together(one for one in found if one.recipe == "lra"))
+    cells = place(found)
     if not cells:
         raise FileNotFoundError(f"{', '.join(map(str, config.dirs))}: no finished run of Long Range Arena in there")
     page = markdown(cells, unfinished)
@@ -52,6 +58,19 @@ def run(config: Table) -> None:
         draw(cells, config.out / "lra.png")
 
 
+def place(runs: Iterable[Run]) -> list[Placed]:
+    """The cells of the runs of Long Range Arena. What is alike is the attention that a run had, however it was asked
+    for; where that is not its kind's default, the row says so.
+    """
+    own = [one._replace(settings=one.settings | one.metrics["settings"]) for one in runs if one.recipe == "lra"]
+    return [one._replace(column=", ".join([one.cell.attention, *_unusual(one.cell)])) for one in placed(together(own))]
+
+
+def _unusual(cell: Cell) -> list[str]:
+    usual = DEFAULTS[cell.attention]
+    return [f"{name} {cell.settings[name]}" for name in usual if cell.settings[name] != usual[name]]
+
+
 def line(found: Placed) -> dict[str, Any]:
     """All numbers of a cell."""
     cell = found.cell
@@ -61,7 +80,7 @@ def line(found: Placed) -> dict[str, Any]:
         "seeds": cell.seeds(),
         "accuracy": cell.score(),
         "published": published(cell),
-        "part_of_the_authors_steps": part(cell),
+        "part_of_the_authors_examples": part(cell),
         **{name: cell.mean(name) for name in ("steps", "seconds", "examples_per_second", "peak_memory", "parameters")},
         "examples": cell.runs[0].metrics["examples"],
         "environment": [one.environment for one in cell.runs],
@@ -69,15 +88,15 @@ def line(found: Placed) -> dict[str, Any]:
 
 
 def published(cell: Cell) -> float | None:
-    """Per cent, of this task and kind; None where there is none."""
-    return PUBLISHED.get(cell.attention, {}).get(cell.task)
+    """Per cent, of this task and kind with its usual settings; None where there is none."""
+    return None if _unusual(cell) else PUBLISHED.get(cell.attention, {}).get(cell.task)
 
 
 def part(cell: Cell) -> float:
-    """Steps made, of those that the authors made."""
-    steps, theirs = cell.mean("steps"), cell.mean("steps_of_the_authors")
-    assert steps is not None and theirs is not None
-    return steps / theirs
+    """Examples seen, again and again, of those that the authors' model saw."""
+    task = task_of(cell.task)
+    seen = fmean(round(one.metrics["examples_per_second"] * one.metrics["seconds"]) for one in cell.runs)
+    return seen / (task.steps * task.batch_size)
 
 
 def markdown(cells: list[Placed], unfinished: list[str]) -> str:
@@ -101,12 +120,13 @@ def markdown(cells: list[Placed], unfinished: list[str]) -> str:
             _grid(["attention", *heads, *(["mean"] if means else [])], body),
             f"**Steps made, examples/s while training, and peak memory (MiB), preset {preset}**",
             _grid(["attention", *heads], cost),
+            "\n".join(_made(head, next(one.cell for one in own if _head(one) == head)) for head in heads),
         ]
         if unlike := [f"- {one.column}, {_head(one)}: {'; '.join(one.notes)}" for one in own if one.notes]:
             parts += ["Not made alike:", "\n".join(unlike)]
     parts.append(
-        "± is the standard deviation over seeds. A part of the authors' steps is named where it is not all of them; "
-        "the schedule then is as much shorter. Numbers of examples are in lra.jsonl."
+        "± is the standard deviation over seeds. Where a run saw fewer examples (again and again) than the authors', "
+        "the part is named, and its schedule is as much shorter."
     )
     if unfinished:
         parts += ["Unfinished, and not in the tables:", "\n".join(f"- {one}" for one in unfinished)]
@@ -119,13 +139,21 @@ def _head(one: Placed) -> str:
     return NAMES.get(task, task) + one.row.removeprefix(task).replace(preset, "")
 
 
+def _made(head: str, cell: Cell) -> str:
+    """What the runs learnt from, and what of it is not the preset's."""
+    usual = [*USUAL.items(), ("batch_size", task_of(cell.task).batch_size)]
+    given = [(name, value) for name in USUAL if (name, value := cell.settings.get(name, USUAL[name])) not in usual]
+    sizes = [f"{name} {count:,}" for name, count in cell.runs[0].metrics["examples"].items()]
+    return f"- {head}: {', '.join([*sizes, *(f'{name} {shown(name, value)}' for name, value in given)])}"
+
+
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     score, theirs, done = cell.score(), published(cell), part(cell)
     spread = f" ± {100 * score['sd']:.2f}" if len(cell.runs) > 1 else ""
-    steps = "" if done >= 1 else f" at {100 * done:.2g} % of the steps"
-    return f"{100 * score['mean']:.2f}{spread}{steps}" + ("" if theirs is None else f" ({theirs:.2f})")
+    less = "" if done >= 1 else f" at {100 * done:.2g} % of the examples"
+    return f"{100 * score['mean']:.2f}{spread}{less}" + ("" if theirs is None else f" ({theirs:.2f})")
 
 
 def _mean(cells: list[Cell | None]) -> str:

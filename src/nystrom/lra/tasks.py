@@ -42,6 +42,15 @@ TASKS: dict[str, Task] = {
     "image": Task(**_IMAGE, num_classes=10, steps=35_000, warmup=175, eval_steps=175),
     "pathfinder32": Task(**_IMAGE, num_classes=2, steps=62_400, warmup=312, eval_steps=312),
 }
+
+
+def task_of(name: str) -> Task:
+    """The task of the authors that a report's name stands for, or the one of which it is a kin."""
+    if name.startswith("pathfinder"):
+        return TASKS["pathfinder32"]
+    return TASKS["retrieval" if name == "aan-subset" else name]
+
+
 NAMES = {
     "listops": "ListOps",
     "text": "Text",

@@ -7,8 +7,8 @@
 "paper" is the protocol of Nyströmformer's authors: their model, parameter for parameter, AdamW with one cycle of the
 learning rate (and of beta1), the best checkpoint on the dev set scored once on the test set, black pixels taken for
 padding, the mean taken over all places, text's dev set its test set, the test set's last short batch left out. "clean"
-mends the last four and beta1, and puts examples of about one length into a batch. OUT holds run.json, metrics.json,
-curve.png, checkpoints to resume from, the best model.
+mends the last four and beta1, clips gradients, and puts examples of about one length into a batch. OUT holds run.json,
+metrics.json, curve.png, checkpoints to resume from, the best model.
 """
 
 import math
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 
 from nystrom import memory, runs
@@ -73,6 +74,8 @@ class Lra:
     """Batches per optimiser step (count)."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
+    max_grad_norm: float | None = None
+    """Gradients of a larger norm are scaled down to it; 0: none are. Default: 1 with clean; the authors clip none."""
     group_lengths: bool | None = None
     """Batches of examples of about one length: less padding, which no attention here reads, and so less time. Default:
     with clean alone; the authors' batches are drawn from all lengths."""
@@ -186,6 +189,8 @@ def check_settings(config: Lra) -> None:
     counts = ("batch_size", "gradient_accumulation", "eval_steps", "dev_examples", "test_examples")
     runs.check_least(config, {**dict.fromkeys(counts, 1), "steps": 4, "seed": 0})
     rules = {"lr": (0 < config.lr < math.inf, "positive and finite")}
+    if config.max_grad_norm is not None:
+        rules["max_grad_norm"] = (0 <= config.max_grad_norm < math.inf, "at least 0 and finite")
     if config.budget is not None:
         rules["budget"] = (0 < config.budget < math.inf, "positive and finite")
         if config.eval_steps is not None:
@@ -221,6 +226,11 @@ def read(config: Lra, task: Task) -> Splits:
     found = found.limited(config.dev_examples, config.test_examples)
     if paper:  # its loader drops the last short batch
         batch = batch_of(config, task)
+        if len(found.test) < batch:
+            raise ValueError(
+                f"preset paper leaves out the last short batch of the test set, here all {len(found.test)} examples of "
+                f"it: a batch has {batch}; pass a smaller --batch-size, or --preset clean"
+            )
         found = found._replace(test=found.test.pick(range(len(found.test) // batch * batch)))
     return found
 
@@ -237,7 +247,11 @@ def build_model(config: Lra, task: Task, settings: dict[str, int]) -> LraClassif
     names = ("vocab_size", "max_length", "num_classes", "pairs")
     sizes = Sizes(**{name: getattr(task, name) for name in names}, mean_over_all=config.preset == "paper")
     make, kernel = make_attend(config.attention, sizes, settings), settings["conv_kernel_size"] or None
-    return LraClassifier(sizes, make, kernel, shared_key=config.attention == "reformer")
+    model = LraClassifier(sizes, make, kernel, shared_key=config.attention == "reformer").eval()
+    ids = torch.ones(1, 1, dtype=torch.long)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the attention checks its settings when it is called
+        model(ids, pair_ids=ids if task.pairs else None)
+    return model
 
 
 def fit(config: Lra, task: Task, found: Splits, model: LraClassifier, settings: dict[str, int]) -> dict[str, Any]:
@@ -288,6 +302,7 @@ def build_trainer(config: Lra, task: Task, found: Splits, model: LraClassifier) 
 
     steps, paper = config.steps or task.steps, config.preset == "paper"
     group = not paper if config.group_lengths is None else config.group_lengths
+    clip = float(not paper) if config.max_grad_norm is None else config.max_grad_norm
     looks = 10**9 if config.budget is not None else config.eval_steps or min(task.eval_steps, steps)
     arguments = TrainingArguments(
         output_dir=str(config.out),
@@ -302,6 +317,7 @@ def build_trainer(config: Lra, task: Task, found: Splits, model: LraClassifier) 
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="score",
+        max_grad_norm=clip,
         restore_callback_states_from_checkpoint=True,
         report_to="tensorboard",
         remove_unused_columns=False,
@@ -341,5 +357,15 @@ def build_trainer(config: Lra, task: Task, found: Splits, model: LraClassifier) 
 
 
 def accuracy(answer: Any) -> dict[str, float]:
-    """Part of the examples whose likeliest class is theirs."""
+    """Part of the examples whose likeliest class is theirs.
+
+    Raises:
+        ValueError: a score is not finite, which argmax would take for class 0.
+    """
+    if not np.isfinite(answer.predictions).all():
+        bad = (~np.isfinite(answer.predictions).all(-1)).sum()
+        raise ValueError(
+            f"the scores of {bad} of {len(answer.predictions)} examples are not finite: training has diverged; pass a "
+            "lower --lr, a --max-grad-norm, or --precision float32"
+        )
     return {"score": float((answer.predictions.argmax(-1) == answer.label_ids).mean())}
