@@ -185,7 +185,7 @@ class MultiheadAttention(nn.Module):
                 )
             return self._nested(query), None
         _check_states((query, key, value), (self.embed_dim, self.kdim, self.vdim), self.batch_first)
-        unbatched, self_attention = query.ndim == 2, query is key
+        unbatched, across = query.ndim == 2, query is not key
         batch_axis = 0 if unbatched or self.batch_first else 1
         query, key, value = (
             x.unsqueeze(0) if unbatched else x.transpose(0, batch_axis) for x in (query, key, value)
@@ -200,9 +200,7 @@ class MultiheadAttention(nn.Module):
         key_mask = given[0] & given[-1] if given else None
         query_shape = ((b, n)[unbatched:], (b, 1, 1, n))
         query_mask = _take_part("query_padding_mask", query_padding_mask, [query_shape], b, n, n)
-        if (
-            query_mask is None and key_mask is not None and n == s and not self_attention
-        ):  # the op would take it for that
+        if across and n == s and given and query_mask is None:  # or the op would take it for self-attention
             query_mask = query.new_ones(b, n, dtype=torch.bool)
         q, k, v = self._project(query, key, value)
         output = self._attend(q, k, v, (key_mask, query_mask)).transpose(0, batch_axis)
