@@ -17,9 +17,9 @@ from nystrom.lra.tasks import NAMES, PUBLISHED, task_of
 from nystrom.report.collect import Cell, Placed, Run, collect, placed, shown, together
 from nystrom.report.page import made_with
 
-USUAL = {"budget": None, "batch_size": None, "gradient_accumulation": 1, "lr": 1e-4, "max_grad_norm": None}
-USUAL |= {"group_lengths": None, "precision": "auto"}
-"""Settings that are named under the table where they are not the preset's."""
+USUAL = {"steps": None, "budget": None, "batch_size": None, "gradient_accumulation": 1, "lr": 1e-4}
+USUAL |= {"max_grad_norm": None, "group_lengths": None, "precision": "auto"}
+"""Settings that are named under the table where they are not these; None: the task's or the preset's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,20 @@ def run(config: Table) -> None:
 
 
 def place(runs: Iterable[Run]) -> list[Placed]:
-    """The cells of the runs of Long Range Arena. What is alike is the attention that a run had, however it was asked
-    for; where that is not its kind's default, the row says so.
+    """The cells of the runs of Long Range Arena. Alike are runs that were made alike, whether a setting was given or
+    left out; where the attention's are not its kind's default, the row says so.
     """
-    own = [one._replace(settings=one.settings | one.metrics["settings"]) for one in runs if one.recipe == "lra"]
+    own = [one._replace(settings=_resolved(one)) for one in runs if one.recipe == "lra"]
     return [one._replace(column=", ".join([one.cell.attention, *_unusual(one.cell)])) for one in placed(together(own))]
+
+
+def _resolved(run: Run) -> dict[str, Any]:
+    """Its settings: None for what a task or a preset has anyway, and the attention's as they came out."""
+    theirs = task_of(run.metrics["task"])
+    usual = {"steps": theirs.steps, "batch_size": theirs.batch_size, "group_lengths": run.settings["preset"] == "clean"}
+    settings = USUAL | run.settings  # a run of an earlier version lacks some
+    given = {name: None if value == usual.get(name) else value for name, value in settings.items()}
+    return given | run.metrics["settings"]
 
 
 def _unusual(cell: Cell) -> list[str]:
@@ -141,8 +150,7 @@ def _head(one: Placed) -> str:
 
 def _made(head: str, cell: Cell) -> str:
     """What the runs learnt from, and what of it is not the preset's."""
-    usual = [*USUAL.items(), ("batch_size", task_of(cell.task).batch_size)]
-    given = [(name, value) for name in USUAL if (name, value := cell.settings.get(name, USUAL[name])) not in usual]
+    given = [(name, value) for name in USUAL if (value := cell.settings.get(name, USUAL[name])) != USUAL[name]]
     sizes = [f"{name} {count:,}" for name, count in cell.runs[0].metrics["examples"].items()]
     return f"- {head}: {', '.join([*sizes, *(f'{name} {shown(name, value)}' for name, value in given)])}"
 
