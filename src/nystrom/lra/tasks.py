@@ -42,15 +42,6 @@ TASKS: dict[str, Task] = {
     "image": Task(**_IMAGE, num_classes=10, steps=35_000, warmup=175, eval_steps=175),
     "pathfinder32": Task(**_IMAGE, num_classes=2, steps=62_400, warmup=312, eval_steps=312),
 }
-
-
-def task_of(name: str) -> Task:
-    """The task of the authors that a report's name stands for, or the one of which it is a kin."""
-    if name.startswith("pathfinder"):
-        return TASKS["pathfinder32"]
-    return TASKS["retrieval" if name == "aan-subset" else name]
-
-
 NAMES = {
     "listops": "ListOps",
     "text": "Text",
@@ -68,3 +59,10 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "nystrom": {"listops": 37.15, "text": 65.52, "retrieval": 79.56, "image": 41.58, "pathfinder32": 70.94},
 }
 """Per cent. Reformer with 2 hashes, Linformer and Performer with 256 features, Nyströmformer's landmarks not said."""
+
+
+def task_of(name: str) -> Task:
+    """The task of the authors that a report's name stands for, or the one of which it is a kin."""
+    if name.startswith("pathfinder"):
+        return TASKS["pathfinder32"]
+    return TASKS["retrieval" if name == "aan-subset" else name]
