@@ -289,7 +289,7 @@ def test_processes_go_by_one_clock(config):
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     found = metrics(config.out)
-    assert 3 <= found["seconds"] < 4 and found["steps"] > 4  # the slower one's would be over after three steps
+    assert 3 <= found["seconds"] < 6 and found["steps"] > 4  # the slower one's would be over after three steps
 
 
 def test_the_presets_differ_as_they_say(config, tmp_path, monkeypatch):

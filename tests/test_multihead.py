@@ -161,10 +161,7 @@ def test_query_padding_mask_keeps_queries_out_of_the_landmarks():
     assert not torch.allclose(ours(query, key, value, need_weights=False)[0][1, :11], alone[0], atol=1e-3)
     additive_mask = ours(query, key, value, need_weights=False, query_padding_mask=additive(ignore))[0]
     assert torch.equal(additive_mask, got)
-    key, value = (
-        key[:, :13].repeat(1, 3, 1)[:, :29],
-        value.repeat(1, 2, 1)[:, :29],
-    )  # as long as query, and still others
+    key, value = key[:, :13].repeat(1, 3, 1)[:, :29], value.repeat(1, 2, 1)[:, :29]  # as long as query, yet others
     default = ours(query, key, value, ignore)
     every = ours(query, key, value, ignore, query_padding_mask=torch.zeros_like(ignore))
     assert all(map(torch.equal, default, every))

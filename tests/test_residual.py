@@ -1007,7 +1007,7 @@ def test_the_backward_pass_keeps_short_lists_up_to_a_limit(masked, monkeypatch):
     assert long < 2.1 * short
 
 
-def numbers_made(n: int, masked: bool) -> int:
+def bytes_made(n: int, masked: bool) -> int:
     """Bytes of all tensors that the forward pass makes on its way, views aside."""
 
     class Made(TorchDispatchMode):
@@ -1029,5 +1029,5 @@ def numbers_made(n: int, masked: bool) -> int:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_work_grows_with_the_length_and_not_its_square(masked):
-    short, long = (numbers_made(n, masked) for n in (8192, 32768))
+    short, long = (bytes_made(n, masked) for n in (8192, 32768))
     assert long < 1.15 * 4 * short  # the number of candidates goes in steps of a leaf
